@@ -1,0 +1,127 @@
+"""``wmh-lora segment``: find lesions in scans, and write masks, numbers and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from wmh_lora.cli.errors import EXIT_INPUT
+
+__all__ = ["inference_options", "segment"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_INFERENCE_OPTIONS = (
+    click.option(
+        "--model",
+        metavar="NAME|FILE",
+        default="default",
+        help="A name from `wmh-lora models list`, or a model file.",
+    ),
+    click.option(
+        "--tta",
+        type=click.Choice(["none", "flip", "d4"]),
+        help="Views averaged: 1, 4 flips, or 8 flips and turns; each costs the time of one.",
+    ),
+    click.option(
+        "--threshold",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        metavar="X",
+        help="Probability from which a voxel is lesion; lower finds more.",
+    ),
+    click.option(
+        "--min-voxels",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Smallest lesion kept, in voxels of the scan.",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+        default="auto",
+        show_default=True,
+        help="Where the network runs; auto takes a GPU if there is one.",
+    ),
+    click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="CPU threads to use; all cores by default.",
+    ),
+)
+
+
+def inference_options(function: _Function) -> _Function:
+    """Add the options that choose model, settings and device; the model file has the defaults."""
+    for option in reversed(_INFERENCE_OPTIONS):
+        function = option(function)
+    return function
+
+
+@click.command()
+@click.argument(
+    "inputs", metavar="INPUT...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+@click.option(
+    "-o",
+    "--output",
+    "out_dir",
+    metavar="OUT",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder for the results; it is made if needed.",
+)
+@inference_options
+@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON document.")
+@click.pass_context
+def segment(
+    ctx: click.Context, /, inputs: tuple[Path, ...], out_dir: Path, as_json: bool, **settings: Any
+) -> None:
+    """Find white matter hyperintensities in FLAIR scans.
+
+    INPUT is any number of .nii, .nii.gz, .mgz or .nrrd files, and folders, which are searched with
+    their subfolders. Where a folder holds scans named *_FLAIR, only those are taken.
+
+    \b
+    For each scan, <stem> being its name without _FLAIR and extension:
+      <stem>_space-orig_label-WMH_mask.nii.gz      the lesions, on the scan's own grid
+      <stem>_space-orig_label-WMH_probseg.nii.gz   their probability
+      <stem>_wmh.json                              volume, lesions, settings, model
+      <stem>_wmh.png                               slices with outlines
+    and, for folders or several files, wmh.tsv with one row a scan.
+
+    Exit code: 0 all done; 1 some inputs failed, the rest are done; 2 wrong usage or settings.
+    """  # noqa: D301 -- \b keeps click from joining the lines of the list
+    from wmh_lora.cli.batch import Options, Outcome, plan_scans, run_plan
+
+    options = Options(out_dir=out_dir, quiet=as_json, debug=ctx.obj["debug"], **settings)
+    outcome: Outcome = run_plan(plan_scans(inputs), options)
+    if as_json:
+        document = {
+            "scans": [
+                {
+                    "scan": done.scan.name,
+                    **done.report,
+                    "outputs": {key: str(path) for key, path in done.files._asdict().items()},
+                }
+                for done in outcome.done
+            ],
+            "failed": [
+                {"scan": failure.name, "file": str(failure.source), "message": failure.message}
+                for failure in outcome.failures
+            ],
+            "table": None if outcome.table is None else str(outcome.table),
+        }
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    elif outcome.table is not None:
+        click.echo(f"{len(outcome.done)} scans -> {outcome.table}")
+    if outcome.failures:
+        total = len(outcome.done) + len(outcome.failures)
+        if total > 1:
+            click.echo(f"wmh-lora: {len(outcome.failures)} of {total} inputs failed.", err=True)
+        ctx.exit(EXIT_INPUT)

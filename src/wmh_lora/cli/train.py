@@ -1,0 +1,62 @@
+"""``wmh-lora train``: train a model from a configuration file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+__all__ = ["train"]
+
+
+@click.command("train", short_help="Train a model from a configuration file.")
+@click.argument("config_file", metavar="CONFIG.toml", type=click.Path(path_type=Path))
+@click.option(
+    "--set",
+    "overrides",
+    metavar="KEY.KEY=VALUE",
+    multiple=True,
+    help="Replace one setting, e.g. data.root=PATH or training.steps=8000. Repeatable.",
+)
+@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint of the folder.")
+@click.option(
+    "-o",
+    "--output",
+    "run_dir",
+    metavar="RUN_DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the run.  [default: runs/<name of CONFIG>]",
+)
+def train(
+    config_file: Path, overrides: tuple[str, ...], resume: bool, run_dir: Path | None
+) -> None:
+    """Train a model as CONFIG.toml says.
+
+    The run folder receives the resolved configuration, metrics.jsonl, checkpoints, and the models
+    best.safetensors and last.safetensors. Ctrl-C or SIGTERM finishes the step, writes a checkpoint
+    and ends with exit code 1; --resume then continues as if nothing had happened.
+    """
+    # Must be set before torch is loaded. Threads that spin while they wait take the processor from
+    # those that they wait for: measured 4 times slower beside one other busy process.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from wmh_lora.logs import configure_logging, progress_bar
+    from wmh_lora.training.run import train as run_training
+    from wmh_lora.training.settings import read_run_config
+
+    on_terminal = sys.stderr.isatty()
+    # On a terminal the progress bar says what the lines of a log file say.
+    configure_logging(verbose=not on_terminal)
+    config = read_run_config(config_file, overrides)
+    run_dir = run_dir or Path("runs") / config_file.stem
+    with progress_bar(enabled=on_terminal) as progress:
+
+        def show(step: int, loss: float) -> None:
+            progress(step, config.training.steps, f"loss {loss:.4f}")
+
+        finished = run_training(config, run_dir, resume=resume, on_step=show)
+    if not finished:
+        click.echo(f"Stopped early; continue with --resume -o {run_dir}.", err=True)
+        raise click.exceptions.Exit(1)
+    click.echo(run_dir / ("best.safetensors" if config.validation else "last.safetensors"))

@@ -1,0 +1,311 @@
+"""Frozen settings of preprocessing, network and inference, and their strict reading.
+
+Settings travel as TOML files (written by people) and as JSON inside model files (written by
+`wmh_lora.models.model_file`). Both pass through `from_dict`, which refuses unknown keys and wrong
+types: a misspelt option must not silently become its default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from wmh_lora.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # Python 3.10 has no TOML reader of its own
+    import tomli as tomllib
+
+__all__ = [
+    "TTA_MODES",
+    "InferenceConfig",
+    "ModelConfig",
+    "PreprocessConfig",
+    "from_dict",
+    "read_toml",
+    "to_dict",
+]
+
+TtaMode = Literal["none", "flip", "d4"]
+TTA_MODES: tuple[TtaMode, ...] = ("none", "flip", "d4")
+
+ConfigT = TypeVar("ConfigT")
+
+
+def _require(condition: bool, name: str, expected: str, found: object) -> None:
+    """Raise ConfigError unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(f"Setting {name!r} must be {expected}, found {found!r}.")
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """How a scan becomes network input; part of the model file.
+
+    Attributes
+    ----------
+    version : int
+        Version of the preprocessing algorithm the network was trained with.
+    pixel_size_mm : float
+        In-plane pixel size after resampling.
+    context_mm : float
+        Distance of the neighbouring slices that form the outer channels.
+    margin_mm : float
+        Margin kept around the head when cropping.
+    multiple_px : int
+        Height and width are padded to a multiple of this.
+    """
+
+    version: int = 1
+    pixel_size_mm: float = 1.0
+    context_mm: float = 3.0
+    margin_mm: float = 6.0
+    multiple_px: int = 8
+
+    def __post_init__(self) -> None:
+        _require(self.version >= 1, "version", "at least 1", self.version)
+        size = self.pixel_size_mm
+        _require(math.isfinite(size) and size > 0, "pixel_size_mm", "a positive length", size)
+        for name in ("context_mm", "margin_mm"):
+            length = getattr(self, name)
+            _require(math.isfinite(length) and length >= 0, name, "zero or more", length)
+        _require(self.multiple_px >= 1, "multiple_px", "at least 1", self.multiple_px)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the network is built from; with the base weights it fixes every tensor's shape.
+
+    Attributes
+    ----------
+    encoder : str
+        Name of the frozen base encoder.
+    in_channels : int
+        Channels of the input: the slice and its neighbours, the slice itself in the middle.
+    adapter_width : int
+        Hidden channels of the channel adapter.
+    lora_rank, lora_alpha : int
+        Adapted weights are ``W + lora_alpha / lora_rank * B @ A``.
+    lora_dropout : float
+        Dropout before ``A`` while training, in [0, 1).
+    lora_targets : tuple of str
+        Names of the linear layers that are adapted.
+    decoder_channels : tuple of int
+        Channels of the decoder's levels, coarse to fine.
+    structures : tuple of str
+        What the output channels mean, in order; ``"wmh"`` is one of them.
+    """
+
+    encoder: str = "litemedsam"
+    in_channels: int = 3
+    adapter_width: int = 16
+    lora_rank: int = 16
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    lora_targets: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2")
+    decoder_channels: tuple[int, ...] = (128, 64, 32, 16)
+    structures: tuple[str, ...] = ("wmh", "ventricles", "brain")
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "adapter_width", "lora_rank", "lora_alpha"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.in_channels % 2 == 1, "in_channels", "odd", self.in_channels)
+        dropout = self.lora_dropout
+        _require(0.0 <= dropout < 1.0, "lora_dropout", "in [0, 1)", dropout)
+        for name in ("lora_targets", "structures"):
+            values = getattr(self, name)
+            distinct = len(values) > 0 and len(set(values)) == len(values)
+            _require(distinct, name, "one or more distinct names", values)
+        _require("wmh" in self.structures, "structures", "a list with 'wmh'", self.structures)
+        channels = self.decoder_channels
+        ok = len(channels) > 0 and min(channels) >= 1
+        _require(ok, "decoder_channels", "positive channel counts", channels)
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How probabilities are made and become a mask.
+
+    Attributes
+    ----------
+    threshold : float
+        Voxels of at least this probability are lesion, in (0, 1). A trained model file carries
+        the value chosen on its validation scans.
+    min_voxels : int
+        26-connected components with fewer voxels are removed.
+    tta : {"none", "flip", "d4"}
+        Views averaged: 1, the 4 flips, or the 8 of the dihedral group.
+    batch_size : int
+        Slices sent through the network at once. Changes memory and speed, not results.
+    """
+
+    threshold: float = 0.5
+    min_voxels: int = 3
+    tta: TtaMode = "none"
+    batch_size: int = 2
+
+    def __post_init__(self) -> None:
+        _require(0.0 < self.threshold < 1.0, "threshold", "between 0 and 1", self.threshold)
+        _require(self.min_voxels >= 0, "min_voxels", "zero or more", self.min_voxels)
+        _require(self.tta in TTA_MODES, "tta", f"one of {', '.join(TTA_MODES)}", self.tta)
+        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn a settings dataclass into plain JSON/TOML values (tuples as lists, paths as text).
+
+    Examples
+    --------
+    >>> to_dict(InferenceConfig(threshold=0.6))["threshold"]
+    0.6
+    """
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    """One value of `to_dict`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_dict(cls: type[ConfigT], mapping: Mapping[str, Any]) -> ConfigT:
+    """Build the settings dataclass ``cls`` from plain values.
+
+    Nested dataclasses are built from nested mappings, tuples from lists, floats also from
+    integers and paths from text. Keys that are absent take their default.
+
+    Parameters
+    ----------
+    cls : type
+        A dataclass whose fields are bool, int, float, str, Path, Literal, tuples and string-keyed
+        mappings of these, other such dataclasses, or optional.
+    mapping : Mapping
+        Plain values by field name.
+
+    Returns
+    -------
+    An instance of ``cls``.
+
+    Raises
+    ------
+    ConfigError
+        On an unknown or missing key, or a value of the wrong type or range.
+
+    Examples
+    --------
+    >>> from_dict(InferenceConfig, {"threshold": 0.6, "tta": "flip"}).tta
+    'flip'
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{cls.__name__} is read from a table of settings, found {mapping!r}.")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    unknown = sorted(set(mapping) - set(fields))
+    if unknown:
+        raise ConfigError(
+            f"Unknown setting {', '.join(map(repr, unknown))} for {cls.__name__}; "
+            f"known are {', '.join(sorted(fields))}."
+        )
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in mapping
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"Setting {', '.join(map(repr, missing))} of {cls.__name__} is missing.")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _parse(hints[name], mapping[name], name) for name in mapping})
+
+
+def _parse(hint: Any, value: Any, name: str) -> Any:
+    """Check ``value`` against the type ``hint`` of the field ``name`` and convert it."""
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _parse_union(typing.get_args(hint), value, name)
+    if origin is Literal:
+        options = typing.get_args(hint)
+        _require(value in options, name, f"one of {', '.join(map(str, options))}", value)
+        return value
+    if origin is tuple:
+        return _parse_tuple(typing.get_args(hint), value, name)
+    if origin is not None and issubclass(origin, Mapping):
+        _require(isinstance(value, Mapping), name, "a table", value)
+        item_hint = typing.get_args(hint)[1]
+        return {str(k): _parse(item_hint, item, f"{name}.{k}") for k, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast("type[Any]", hint), value)
+    return _parse_scalar(hint, value, name)
+
+
+def _parse_union(options: tuple[Any, ...], value: Any, name: str) -> Any:
+    """Take the first member of a union that accepts ``value``."""
+    for option in options:
+        if option is type(None):
+            if value is None:
+                return None
+            continue
+        try:
+            return _parse(option, value, name)
+        except ConfigError:
+            if option is options[-1] or len([o for o in options if o is not type(None)]) == 1:
+                raise
+    raise ConfigError(f"Setting {name!r} has an unsupported value {value!r}.")
+
+
+def _parse_tuple(item_hints: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
+    """Read a list as a tuple, of any length (``tuple[X, ...]``) or of a fixed one."""
+    _require(isinstance(value, (list, tuple)), name, "a list", value)
+    if len(item_hints) == 2 and item_hints[1] is Ellipsis:
+        item_hints = (item_hints[0],) * len(value)
+    _require(len(value) == len(item_hints), name, f"a list of {len(item_hints)}", value)
+    pairs = zip(item_hints, value, strict=True)
+    return tuple(_parse(hint, item, f"{name}[{i}]") for i, (hint, item) in enumerate(pairs))
+
+
+def _parse_scalar(hint: Any, value: Any, name: str) -> Any:
+    """Read a bool, int, float, str or Path; booleans do not pass as numbers."""
+    if hint is Path:
+        _require(isinstance(value, (str, Path)), name, "a path", value)
+        return Path(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if hint not in expected:
+        raise TypeError(f"Field {name!r} has the type {hint!r}, which from_dict cannot read.")
+    correct = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    _require(correct, name, expected[hint], value)
+    return value
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file into plain values.
+
+    Raises
+    ------
+    ConfigError
+        If the file is absent, unreadable or not TOML.
+    """
+    try:
+        with Path(path).open("rb") as stream:
+            return tomllib.load(stream)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"Cannot read the settings file {path}: {reason}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The settings file {path} is not valid TOML: {error}.") from error

@@ -1,0 +1,138 @@
+"""Variation of scans and crops: what the generator does not vary, and all of it for real scans."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from wmh_lora.data.fields import FloatArray, smooth_field, uniform
+
+if TYPE_CHECKING:
+    from wmh_lora.data.synthesis import Case
+
+
+def augment_scan(rng: np.random.Generator, case: Case) -> Case:
+    """Vary a real scan as a whole: coil sensitivity, noise, curve, clipping, brain extraction."""
+    image = case.volume.data
+    shape = case.volume.shape
+    top = float(np.percentile(image, 99.8))
+    unit = np.clip(image / top, 0.0, None)
+    coil = uniform(rng, 0.0, 0.25) * smooth_field(rng, shape, 90.0)
+    unit = unit * np.exp(coil)
+    if rng.random() < 0.5:
+        unit = unit + uniform(rng, 0.0, 0.03) * rng.standard_normal(shape, dtype=np.float32)
+    if rng.random() < 0.3:
+        sigma = [uniform(rng, 0.3, 0.9) if s < 2.0 else 0.0 for s in case.volume.spacing_mm]
+        unit = ndimage.gaussian_filter(unit, sigma)
+    unit = np.clip(unit, 0.0, uniform(rng, 0.5, 1.0) if rng.random() < 0.3 else None)
+    unit = unit ** np.exp(rng.normal(0.0, 0.2))
+    if "brain" in case.masks and rng.random() < 0.5:
+        brain = case.masks["brain"] > 0
+        in_plane = np.array(case.volume.spacing_mm) < 2.0
+        disc = ndimage.generate_binary_structure(3, 1) & ~_off_plane(in_plane)
+        if rng.random() < 0.6:
+            grow = ndimage.binary_dilation if rng.random() < 0.5 else ndimage.binary_erosion
+            brain = grow(brain, disc, iterations=int(rng.integers(1, 3)))
+        unit = np.where(brain, unit, 0.0)
+    data = (unit * uniform(rng, 100.0, 4000.0)).astype(np.float32)
+    return replace(case, volume=replace(case.volume, data=data))
+
+
+def _off_plane(in_plane: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Mark the neighbours of a 3x3x3 element that lie in another slice."""
+    offsets = np.stack(np.meshgrid(*(np.arange(-1, 2),) * 3, indexing="ij"), -1)
+    return np.asarray(((offsets != 0) & ~in_plane).any(axis=-1))
+
+
+def augment_crop(
+    rng: np.random.Generator,
+    image: FloatArray,
+    target: FloatArray,
+    centre: npt.NDArray[np.float64],
+    size: int,
+    *,
+    real: bool,
+) -> tuple[FloatArray, FloatArray]:
+    """Cut a square crop, and turn, mirror, blur and re-scale it.
+
+    Parameters
+    ----------
+    rng
+        Source of randomness.
+    image, target
+        (C, H, W) in [0, 1] and (n, H, W) in [0, 1].
+    centre
+        Row and column that the crop should hold, at a random place within it.
+    size
+        Side of the crop in pixels.
+    real
+        Real scans are also rotated and scaled; synthetic ones come posed.
+
+    Returns
+    -------
+    image : array (C, size, size) float32
+    target : array (n, size, size) float32
+    """
+    wander = 0.35 * size
+    centre = centre + rng.uniform(-wander, wander, 2)
+    # keep the crop on the picture; small pictures sit in its middle
+    half = size / 2
+    limits = np.array(image.shape[1:], dtype=np.float64)
+    centre = np.where(
+        limits <= size, limits / 2, np.clip(centre, half, np.maximum(limits - half, half))
+    )
+    if real:
+        angle = np.deg2rad(uniform(rng, -15.0, 15.0))
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        matrix = turn * rng.uniform(0.9, 1.1, 2)
+        planes = [_sample(p, matrix, centre, size) for p in (*image, *target)]
+    else:
+        planes = [_cut(p, centre, size) for p in (*image, *target)]
+    stack = np.stack(planes)
+    if rng.random() < 0.5:
+        stack = stack[:, :, ::-1]
+    if rng.random() < 0.2:
+        stack = np.rot90(stack, int(rng.integers(1, 4)), axes=(1, 2))
+        if rng.random() < 0.5:
+            stack = stack[:, ::-1]
+    channels = len(image)
+    picture, labels = stack[:channels], stack[channels:]
+    if rng.random() < 0.2:
+        sigma = uniform(rng, 0.2, 0.8)
+        picture = ndimage.gaussian_filter(picture, (0.0, sigma, sigma))
+    if rng.random() < 0.15:  # a scan of few slices has no true neighbours
+        picture = np.repeat(picture[channels // 2][None], channels, axis=0)
+    elif rng.random() < 0.3:
+        picture = picture[::-1]
+    # what is left of intensity error after normalisation
+    picture = np.clip(picture * np.exp(rng.normal(0.0, 0.1)), 0.0, 1.0)
+    return np.ascontiguousarray(picture, np.float32), np.ascontiguousarray(labels, np.float32)
+
+
+def _cut(plane: FloatArray, centre: npt.NDArray[np.float64], size: int) -> FloatArray:
+    out = np.zeros((size, size), dtype=np.float32)
+    start = np.rint(centre - size / 2).astype(int)
+    low = np.maximum(start, 0)
+    high = np.minimum(start + size, plane.shape)
+    into = low - start
+    length = high - low
+    out[into[0] : into[0] + length[0], into[1] : into[1] + length[1]] = plane[
+        low[0] : high[0], low[1] : high[1]
+    ]
+    return out
+
+
+def _sample(
+    plane: FloatArray,
+    matrix: npt.NDArray[np.float64],
+    centre: npt.NDArray[np.float64],
+    size: int,
+) -> FloatArray:
+    offset = centre - matrix @ np.array([(size - 1) / 2, (size - 1) / 2])
+    return np.asarray(
+        ndimage.affine_transform(plane, matrix, offset, (size, size), order=1), dtype=np.float32
+    )

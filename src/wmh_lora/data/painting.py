@@ -1,0 +1,157 @@
+"""Give tissues FLAIR-like intensities (white matter is 1): contrast, texture, lesions, look-alikes.
+
+Ranges are wide on purpose (domain randomisation, Billot et al., Med Image Anal 86:102789, 2023) but
+keep what makes an image FLAIR: dark fluid, grey matter not darker than white, lesions brighter than
+the tissue around them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from wmh_lora.data.anatomy import Tissue
+from wmh_lora.data.fields import FloatArray, log_uniform, smooth_field, uniform
+
+LabelArray = npt.NDArray[np.uint8]
+
+LESION_CONTRAST = (1.08, 2.2)
+"""Brightness of lesions over the white matter around them; 1.3-1.75 is typical of real scans."""
+
+_FLUID = (Tissue.CSF, Tissue.VENTRICLE)
+
+
+def paint(
+    rng: np.random.Generator, tissue: LabelArray, lesions: FloatArray, distance_mm: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Paint one subject.
+
+    Parameters
+    ----------
+    rng
+        Source of randomness.
+    tissue
+        (X, Y, Z) tissue labels, 1 mm.
+    lesions
+        (X, Y, Z) lesion mask, 0 or 1.
+    distance_mm
+        (X, Y, Z) distance to the ventricles.
+
+    Returns
+    -------
+    image : array (X, Y, Z) float32
+        Intensities before acquisition; white matter about 1, no noise.
+    reference : array (X, Y, Z) float32
+        The lesions as an expert could see them, 0 or 1: borders where the soft profile crosses
+        half its height, without parts too faint to tell.
+    """
+    image = tissue_contrast(rng)[tissue]
+    shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
+    brain = (tissue >= Tissue.CORTEX) & (tissue < Tissue.BONE)
+    regional = 1.0 + uniform(rng, 0.01, 0.05) * smooth_field(rng, shape, uniform(rng, 15.0, 40.0))
+    texture = ndimage.gaussian_filter(
+        rng.standard_normal(shape, dtype=np.float32), uniform(rng, 0.7, 1.8)
+    )
+    texture *= uniform(rng, 0.01, 0.05) / texture.std()
+    image = np.where(brain, image * (regional + texture), image)
+    grey = np.isin(tissue, (Tissue.CORTEX, Tissue.LIMBIC, Tissue.CEREBELLAR_CORTEX))
+    uneven = 1.0 + uniform(rng, 0.0, 0.12) * smooth_field(rng, shape, uniform(rng, 10.0, 25.0))
+    image = np.where(grey, image * uneven, image)
+    _normal_rims(rng, image, tissue, distance_mm)
+    _look_alikes_in_fluid(rng, image, tissue)
+    _outside_the_brain(rng, image, tissue)
+    return _add_lesions(rng, image, lesions)
+
+
+def tissue_contrast(rng: np.random.Generator) -> FloatArray:
+    """Draw the mean intensity of every tissue, relative to white matter; indexed by Tissue."""
+    mean = np.zeros(len(Tissue), dtype=np.float32)
+    fluid = log_uniform(rng, 0.04, 0.55)
+    cortex = uniform(rng, 1.02, 1.5)
+    mean[Tissue.CSF] = fluid * uniform(rng, 0.9, 1.4)
+    mean[Tissue.VENTRICLE] = fluid
+    mean[Tissue.CORTEX] = cortex
+    mean[Tissue.WHITE_MATTER] = 1.0
+    mean[Tissue.DEEP_GREY] = 1.0 + (cortex - 1.0) * uniform(rng, 0.1, 0.9)
+    mean[Tissue.PALLIDUM] = uniform(rng, 0.75, 1.08)
+    mean[Tissue.LIMBIC] = cortex * uniform(rng, 0.98, 1.18)
+    mean[Tissue.BRAINSTEM] = uniform(rng, 0.88, 1.25)
+    mean[Tissue.CEREBELLAR_CORTEX] = 1.0 + (cortex - 1.0) * uniform(rng, 0.4, 1.0)
+    mean[Tissue.CEREBELLAR_WHITE] = uniform(rng, 0.88, 1.1)
+    mean[Tissue.BONE] = uniform(rng, 0.02, 0.3)
+    mean[Tissue.MARROW] = log_uniform(rng, 0.1, 2.0)
+    mean[Tissue.SOFT] = uniform(rng, 0.2, 1.0)
+    mean[Tissue.SKIN] = log_uniform(rng, 0.3, 4.0)
+    mean[Tissue.OTHER] = uniform(rng, 0.2, 1.6)
+    return mean
+
+
+def _normal_rims(
+    rng: np.random.Generator, image: FloatArray, tissue: LabelArray, distance_mm: FloatArray
+) -> None:
+    """Brighten thin ependymal rims and a haze behind the horns: normal, hence never labelled."""
+    shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
+    white = tissue == Tissue.WHITE_MATTER
+    if rng.random() < 0.6:
+        strength = uniform(rng, 0.05, 0.4) * np.clip(0.6 + smooth_field(rng, shape, 15.0), 0.0, 1.5)
+        rim = white & (distance_mm < uniform(rng, 0.8, 1.9))
+        image += np.where(rim, strength, 0.0)
+    if rng.random() < 0.5:
+        reach_mm = uniform(rng, 4.0, 14.0)
+        strength = uniform(rng, 0.02, 0.14) * np.clip(
+            0.5 + smooth_field(rng, shape, 25.0), 0.0, 1.5
+        )
+        image += np.where(white, strength * np.exp(-distance_mm / reach_mm), 0.0)
+
+
+def _look_alikes_in_fluid(rng: np.random.Generator, image: FloatArray, tissue: LabelArray) -> None:
+    """Brighten parts of fluid that are no lesions: choroid plexus, flow artefacts, vessels."""
+    shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
+    if rng.random() < 0.7:
+        plexus = smooth_field(rng, shape, uniform(rng, 4.0, 8.0)) > uniform(rng, 0.9, 1.8)
+        plexus &= tissue == Tissue.VENTRICLE
+        image[plexus] = uniform(rng, 0.6, 1.5)
+    if rng.random() < 0.4:
+        fluid = np.isin(tissue, _FLUID)
+        flow = np.clip(smooth_field(rng, shape, uniform(rng, 8.0, 25.0)) - 0.7, 0.0, 1.0)
+        image += np.where(fluid, uniform(rng, 0.2, 1.2) * flow, 0.0)
+    if rng.random() < 0.4:
+        fluid_voxels = np.flatnonzero((tissue == Tissue.CSF).ravel())
+        if fluid_voxels.size:
+            dots = rng.choice(fluid_voxels, size=int(log_uniform(rng, 10, 400)))
+            image.ravel()[dots] = uniform(rng, 1.0, 3.0)
+
+
+def _outside_the_brain(rng: np.random.Generator, image: FloatArray, tissue: LabelArray) -> None:
+    """Break up the uniform labels of scalp, marrow and face."""
+    shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
+    outside = tissue >= Tissue.BONE
+    if not outside.any():
+        return
+    variation = np.exp(
+        uniform(rng, 0.05, 0.4) * smooth_field(rng, shape, 12.0)
+        + uniform(rng, 0.05, 0.4) * smooth_field(rng, shape, 4.0)
+    )
+    image[outside] *= variation[outside]
+
+
+def _add_lesions(
+    rng: np.random.Generator, image: FloatArray, lesions: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Blend lesions in with soft borders and uneven brightness; return image and reference."""
+    if not lesions.any():
+        return image, lesions
+    shape = (image.shape[0], image.shape[1], image.shape[2])
+    low, high = LESION_CONTRAST
+    typical = log_uniform(rng, low - 1.0 + 0.09, high - 1.0)
+    between = np.exp(uniform(rng, 0.1, 0.4) * smooth_field(rng, shape, uniform(rng, 6.0, 14.0)))
+    within = 1.0 + uniform(rng, 0.0, 0.2) * smooth_field(rng, shape, 2.5)
+    excess = np.clip(typical * between * within, 0.0, high - 1.0 + 0.3)
+    profile = ndimage.gaussian_filter(lesions, uniform(rng, 0.4, 1.3))
+    # small foci lose height in the blur: give back part of what a scanner would still show
+    bright = image + excess * profile
+    if rng.random() < 0.3:  # grey matter hosts are no brighter for being lesions twice over
+        bright = np.maximum(image, np.minimum(bright, 1.0 + excess))
+    visible = (profile > 0.5) & (excess > low - 1.0 + 0.02)
+    return bright.astype(np.float32), visible.astype(np.float32)

@@ -1,0 +1,176 @@
+"""Labelled FLAIR-like scans out of anatomies and lesion shapes (domain randomisation).
+
+``anatomy -> deform -> lesions -> paint -> acquire``: each step lives in its own module and draws
+from the generator that it is handed, so a seed makes the same scan again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from wmh_lora.data.acquisition import acquire
+from wmh_lora.data.anatomy import FIELD_STEP_MM, Anatomy, Tissue, mni_anatomy
+from wmh_lora.data.fields import FloatArray, smooth_field, uniform, upsample
+from wmh_lora.data.lesions import MaskBank, draw_lesions, ventricle_distance
+from wmh_lora.data.painting import paint
+from wmh_lora.volume import Volume
+
+LabelArray = npt.NDArray[np.uint8]
+
+STRUCTURES = ("wmh", "ventricles", "brain")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scan with its labels.
+
+    Attributes
+    ----------
+    volume
+        The scan.
+    masks
+        Structure name to (I, J, K) float32 in [0, 1]; a structure that nobody drew is absent.
+    """
+
+    volume: Volume
+    masks: dict[str, FloatArray]
+
+
+def synthesize(rng: np.random.Generator, anatomy: Anatomy, bank: MaskBank | None) -> Case:
+    """Make one labelled scan.
+
+    Parameters
+    ----------
+    rng
+        Source of randomness: the same state makes the same scan.
+    anatomy
+        Whose tissues to deform and paint.
+    bank
+        Real lesion masks to lay in, or None for vascular patterns alone.
+
+    Returns
+    -------
+    Case
+        All three of :data:`STRUCTURES`, on the scan's grid.
+    """
+    tissue, to_mni_mm = deform(rng, anatomy)
+    distance_mm = ventricle_distance(tissue)
+    lesions = draw_lesions(rng, tissue, to_mni_mm, distance_mm, bank)
+    painted, reference = paint(rng, tissue, lesions, distance_mm)
+    solid = ((tissue > Tissue.CSF) & (tissue < Tissue.BONE)).astype(np.float32)
+    smooth = ndimage.gaussian_filter(solid, 2.5)
+    keep = None
+    if not anatomy.has_head or rng.random() < 0.45:
+        keep = _brain_extraction(rng, smooth)
+    masks = np.stack(
+        [reference, tissue == Tissue.VENTRICLE, smooth > 0.35], dtype=np.float32, casting="unsafe"
+    )
+    scan = acquire(rng, painted, masks, keep)
+    # readers outline what looks bright in a slice, also where it fills a little less than half
+    filled = scan.masks > np.array([0.4, 0.5, 0.5])[:, None, None, None]
+    named = dict(zip(STRUCTURES, filled.astype(np.float32), strict=True))
+    return Case(Volume(scan.image, scan.affine), named)
+
+
+def deform(rng: np.random.Generator, anatomy: Anatomy) -> tuple[LabelArray, FloatArray]:
+    """Pose, stretch and bend an anatomy, and widen or narrow its ventricles.
+
+    Returns
+    -------
+    tissue : array (X, Y, Z) uint8
+        Deformed labels, cut below at random.
+    to_mni_mm : array (3, x, y, z) float32
+        The anatomy's field to MNI millimetres, deformed alike.
+    """
+    source = anatomy.tissue
+    cut = int(uniform(rng, 0.0, 0.3) * source.shape[2]) if rng.random() < 0.7 else 0
+    top = int(uniform(rng, 0.0, 0.08) * source.shape[2]) if rng.random() < 0.2 else 0
+    shape = (source.shape[0], source.shape[1], source.shape[2] - cut - top)
+    step = 4  # mm between nodes, corners on corners
+    nodes = tuple(int(np.ceil((n - 1) / step)) + 1 for n in shape)
+    axes = [np.linspace(0.0, n - 1.0, m) for n, m in zip(shape, nodes, strict=True)]
+    where: FloatArray = np.stack(np.meshgrid(*axes, indexing="ij")).astype(np.float32)
+    where[2] += cut
+    middle = (np.array(source.shape, dtype=np.float32) - 1)[:, None, None, None] / 2
+    where = (np.tensordot(_pose(rng), where - middle, axes=1) + middle).astype(np.float32)
+    bend_mm = uniform(rng, 0.0, 3.5)
+    size = (nodes[0], nodes[1], nodes[2])
+    bends = [smooth_field(rng, size, uniform(rng, 5.0, 10.0)) for _ in range(3)]
+    where += bend_mm * np.stack(bends)
+    where += _ventricle_shift(rng, source, where)
+    to_mni = np.stack(
+        [
+            ndimage.map_coordinates(c, where / FIELD_STEP_MM, order=1, mode="nearest")
+            for c in anatomy.to_mni_mm
+        ]
+    ).astype(np.float32)
+    flat = np.zeros(shape, dtype=np.int64)
+    outside = np.zeros(shape, dtype=np.bool_)
+    for axis in range(3):
+        index = np.rint(upsample(where[axis].astype(np.float32), shape)).astype(np.int32)
+        limit = source.shape[axis] - 1
+        outside |= (index < 0) | (index > limit)
+        flat *= source.shape[axis]
+        flat += np.clip(index, 0, limit)
+    tissue = source.ravel()[flat]
+    # a cut through the neck continues beyond the map's floor; other sides are air
+    tissue[outside] = Tissue.AIR
+    return tissue, to_mni
+
+
+def _pose(rng: np.random.Generator) -> FloatArray:
+    """Draw a rotation (nodding most), unequal scales and some shear; determinant positive."""
+    angles = np.deg2rad(rng.normal(0.0, [8.0, 5.0, 7.0]))
+    matrix = np.diag(np.exp(rng.normal(0.0, 0.06, 3)))
+    for axis, angle in enumerate(angles):
+        i, j = [a for a in range(3) if a != axis]
+        turn = np.eye(3)
+        turn[i, i] = turn[j, j] = np.cos(angle)
+        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
+        matrix = turn @ matrix
+    matrix = matrix + rng.normal(0.0, 0.02, (3, 3))
+    if rng.random() < 0.5:
+        matrix[:, 0] *= -1.0  # left and right are alike
+    return matrix.astype(np.float32)
+
+
+def _ventricle_shift(rng: np.random.Generator, source: LabelArray, where: FloatArray) -> FloatArray:
+    """Return (3, x, y, z) a shift towards the ventricles: they grow, as with age, or shrink."""
+    growth_mm = uniform(rng, -2.0, 7.0) if rng.random() < 0.7 else 0.0
+    coarse = ndimage.distance_transform_edt(source[::4, ::4, ::4] != Tissue.VENTRICLE) * 4.0
+    slope = np.stack(np.gradient(ndimage.gaussian_filter(coarse, 1.0), 4.0))
+    at = where / 4.0
+    distance = ndimage.map_coordinates(coarse, at, order=1, mode="nearest")
+    pull = growth_mm * np.exp(-distance / 12.0)
+    return np.stack(
+        [-pull * ndimage.map_coordinates(s, at, order=1, mode="nearest") for s in slope]
+    ).astype(np.float32)
+
+
+def _brain_extraction(rng: np.random.Generator, smooth: FloatArray) -> FloatArray:
+    """Imitate a brain extraction, tight or generous, with a ragged edge."""
+    shape = (smooth.shape[0], smooth.shape[1], smooth.shape[2])
+    level = uniform(rng, 0.12, 0.6)
+    ragged = uniform(rng, 0.0, 0.12) * smooth_field(rng, shape, uniform(rng, 4.0, 12.0))
+    return (smooth + ragged > level).astype(np.float32)
+
+
+def demo_case(
+    seed: int = 12,
+) -> tuple[FloatArray, npt.NDArray[np.float64], LabelArray]:
+    """Make the scan of ``wmh-lora demo``: MNI152 anatomy with vascular lesions.
+
+    The default seed gives 4 mm slices with 18 mL of clearly visible lesions.
+
+    Returns
+    -------
+    image : array (I, J, K) float32
+    affine : array (4, 4) float64
+    reference_mask : array (I, J, K) uint8
+    """
+    case = synthesize(np.random.default_rng(seed), mni_anatomy(), None)
+    return case.volume.data, case.volume.affine, case.masks["wmh"].astype(np.uint8)

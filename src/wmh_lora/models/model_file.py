@@ -1,0 +1,296 @@
+"""The model file: one safetensors file with every trained part and what is needed to use it.
+
+Tensors
+    ``adapter.*`` and ``decoder.*``: every parameter and every buffer of these modules, BatchNorm's
+    running statistics included. ``lora.<module>.lora_a`` and ``.lora_b``: the adapters of the
+    encoder. The frozen base weights are not in the file; it names them and their checksum.
+Metadata
+    Under the key ``wmh_lora``, a JSON object with the fields of `ModelCard`.
+
+Floating-point tensors may be stored in half precision, except running statistics: a variance can
+be below what float16 represents.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from wmh_lora._version import __version__
+from wmh_lora.config import InferenceConfig, ModelConfig, PreprocessConfig, from_dict, to_dict
+from wmh_lora.errors import AdapterMismatchError, ConfigError, WeightsError
+from wmh_lora.files import file_sha256, open_atomic
+from wmh_lora.models.lora import check_tensors, extract_lora, lora_shapes, merge_lora
+from wmh_lora.models.network import WMHNet, build_network, fuse_for_inference
+from wmh_lora.models.weights import resolve_base_weights
+
+__all__ = [
+    "FORMAT_VERSION",
+    "ModelCard",
+    "file_sha256",
+    "load_model_file",
+    "load_network",
+    "load_trained_parts",
+    "read_model_card",
+    "save_model",
+]
+
+FORMAT_VERSION = 1
+METADATA_KEY = "wmh_lora"
+_LORA = "lora."
+_MODULES = ("adapter", "decoder")
+_FULL_PRECISION = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model file says about itself.
+
+    Attributes
+    ----------
+    name : str
+        Name of the model, e.g. ``"flair-v1"``.
+    model : ModelConfig
+        What the network is built from, the base encoder's name included.
+    preprocess : PreprocessConfig
+        How its input is made.
+    inference : InferenceConfig
+        Default threshold, component size and test-time augmentation.
+    base_sha256 : str
+        Checksum of the base encoder's checkpoint, hexadecimal.
+    training : dict
+        Training data and procedure, in words and figures.
+    metrics : dict
+        Validation figures, e.g. ``{"dice": 0.71}``.
+    licence : str
+        Terms that bind the trained parts.
+    package_version : str
+        Version of the package that wrote the file.
+    format_version : int
+        Of this layout.
+    """
+
+    name: str
+    model: ModelConfig
+    preprocess: PreprocessConfig
+    inference: InferenceConfig
+    base_sha256: str
+    training: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    licence: str = ""
+    package_version: str = __version__
+    format_version: int = FORMAT_VERSION
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+def save_model(path: str | Path, net: WMHNet, card: ModelCard, *, half: bool = False) -> None:
+    """Write the trained parts of ``net`` to one file.
+
+    The file appears under its name only when it is complete; an existing one is replaced.
+
+    Parameters
+    ----------
+    path : str or Path
+        Target, usually ending in ``.safetensors``, in a folder that exists.
+    net : WMHNet
+        Built with ``for_training=True``: LoRA attached, BatchNorm not folded.
+    card : ModelCard
+        Metadata; ``card.model`` must be the settings ``net`` was built from.
+    half : bool
+        Store floating-point tensors, except running statistics, as float16.
+
+    Raises
+    ------
+    AdapterMismatchError
+        If ``net`` is not the network of ``card.model``.
+    WeightsError
+        If a trained value is NaN or infinite.
+    DataError
+        If the file cannot be written.
+    """
+    tensors = _trained_tensors(net)
+    check_tensors(tensors, _expected_shapes(card.model), "the settings of the model card")
+    for name, tensor in tensors.items():
+        stored = _stored(name, tensor, half)
+        if not torch.isfinite(stored).all():
+            raise WeightsError(f"The trained tensor {name!r} is not finite; {path} is not written.")
+        tensors[name] = stored
+    metadata = {METADATA_KEY: json.dumps(to_dict(card), sort_keys=True)}
+    content = serialise(tensors, metadata)
+    with open_atomic(path, overwrite=True) as stream:
+        stream.write(content)
+
+
+def _trained_tensors(net: WMHNet) -> dict[str, Tensor]:
+    """Every parameter and buffer of adapter and decoder, and the LoRA factors, on the CPU."""
+    tensors = {f"{_LORA}{name}": tensor for name, tensor in extract_lora(net.encoder).items()}
+    for prefix in _MODULES:
+        module: nn.Module = getattr(net, prefix)
+        for name, tensor in module.state_dict().items():
+            tensors[f"{prefix}.{name}"] = tensor.detach().cpu()
+    return tensors
+
+
+def _stored(name: str, tensor: Tensor, half: bool) -> Tensor:
+    """The form in which a tensor is written: contiguous, possibly float16."""
+    if half and tensor.is_floating_point() and not name.endswith(_FULL_PRECISION):
+        tensor = tensor.half()
+    return tensor.contiguous()
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+def _read(path: str | Path, *, with_tensors: bool) -> tuple[ModelCard, dict[str, Tensor]]:
+    """Read the card and, on request, the tensors as stored."""
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"The model file {path} does not exist or is not a file.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as stream:
+            metadata = stream.metadata() or {}
+            names = stream.keys() if with_tensors else []
+            tensors = {name: stream.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(
+            f"{path} is not a complete safetensors file ({error}); get the model file again."
+        ) from error
+    return _parse_card(path, metadata), tensors
+
+
+def _parse_card(path: Path, metadata: Mapping[str, str]) -> ModelCard:
+    """Read the card out of a file's metadata."""
+    if METADATA_KEY not in metadata:
+        raise WeightsError(f"{path} is a safetensors file, but not a WMH-LoRA model.")
+    try:
+        plain = json.loads(metadata[METADATA_KEY])
+        version = plain.get("format_version") if isinstance(plain, dict) else None
+        if version != FORMAT_VERSION:
+            raise WeightsError(
+                f"{path} has model format {version}, this version of wmh-lora reads "
+                f"{FORMAT_VERSION}; install the version that fits."
+            )
+        return from_dict(ModelCard, plain)
+    except (ConfigError, json.JSONDecodeError) as error:
+        raise WeightsError(f"The metadata of the model file {path} is invalid: {error}") from error
+
+
+def read_model_card(path: str | Path) -> ModelCard:
+    """Read a model file's metadata alone.
+
+    Raises
+    ------
+    WeightsError
+        If the file is absent, damaged or not a model.
+    """
+    return _read(path, with_tensors=False)[0]
+
+
+def load_model_file(path: str | Path) -> tuple[ModelCard, dict[str, Tensor]]:
+    """Read a model file and check it against the network its card describes.
+
+    Returns
+    -------
+    card : ModelCard
+    tensors : dict
+        Float tensors as float32, named as in the file.
+
+    Raises
+    ------
+    AdapterMismatchError
+        If names or shapes are not exactly those of the network.
+    WeightsError
+        If the file is absent, damaged or not a model.
+    """
+    card, stored = _read(path, with_tensors=True)
+    try:
+        expected = _expected_shapes(card.model)
+    except ConfigError as error:
+        raise WeightsError(f"The model file {path} cannot be used: {error}") from error
+    check_tensors(stored, expected, f"the network that the model file {path} describes")
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in stored.items()}
+    return card, tensors
+
+
+def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the file of a network with these settings."""
+    # On the meta device this would load torch's compiler, seconds of start-up.
+    net = build_network(config, None, for_training=False)
+    lora = lora_shapes(net.encoder, config.lora_rank, config.lora_targets)
+    shapes = {f"{_LORA}{name}": shape for name, shape in lora.items()}
+    for prefix in _MODULES:
+        module: nn.Module = getattr(net, prefix)
+        for name, tensor in module.state_dict().items():
+            shapes[f"{prefix}.{name}"] = tuple(tensor.shape)
+    return shapes
+
+
+def load_trained_parts(net: WMHNet, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy adapter and decoder into ``net``; return the LoRA tensors, named as by `extract_lora`.
+
+    The LoRA tensors then go to `merge_lora` (inference) or `load_lora_into_peft` (training on).
+    """
+    for prefix in _MODULES:
+        start = f"{prefix}."
+        module: nn.Module = getattr(net, prefix)
+        module.load_state_dict(
+            {n[len(start) :]: tensor for n, tensor in tensors.items() if n.startswith(start)}
+        )
+    return {n[len(_LORA) :]: tensor for n, tensor in tensors.items() if n.startswith(_LORA)}
+
+
+def load_network(
+    path: str | Path, base_weights: str | Path | None = None
+) -> tuple[WMHNet, ModelCard]:
+    """Make the network of a model file ready for inference.
+
+    Parameters
+    ----------
+    path : str or Path
+        Model file.
+    base_weights : str or Path, optional
+        Checkpoint of the base encoder; by default the installed or cached one.
+
+    Returns
+    -------
+    net : WMHNet
+        In eval mode, on the CPU, float32: LoRA merged, BatchNorm folded.
+    card : ModelCard
+
+    Raises
+    ------
+    AdapterMismatchError
+        If the model was trained on other base weights, or its tensors do not fit.
+    WeightsError
+        If the model file or the base weights are absent or damaged.
+    """
+    card, tensors = load_model_file(path)
+    base = resolve_base_weights(card.model.encoder, base_weights)
+    found = file_sha256(base)
+    if found != card.base_sha256:
+        raise AdapterMismatchError(
+            f"The model {path} was trained on {card.model.encoder} weights with sha256 "
+            f"{card.base_sha256[:12]}..., but {base} has {found[:12]}...; use the weights it was "
+            f"trained on."
+        )
+    config = card.model
+    net = build_network(config, base, for_training=False)
+    lora = load_trained_parts(net, tensors)
+    merge_lora(
+        net.encoder,
+        lora,
+        alpha=config.lora_alpha,
+        rank=config.lora_rank,
+        targets=config.lora_targets,
+    )
+    return fuse_for_inference(net), card

@@ -1,0 +1,188 @@
+"""From a probability map to a lesion mask and a table of lesions.
+
+Components are 26-connected everywhere in this package: voxels that share a face, an edge or a
+corner belong to one lesion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from nibabel.orientations import io_orientation
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from wmh_lora.errors import ConfigError, DataError
+
+__all__ = ["Lesion", "apply_threshold", "describe_lesions", "remove_small_components"]
+
+_FULL_CONNECTIVITY = ndimage.generate_binary_structure(3, 3)
+# The order of lesions must not depend on how the scan is stored, so ties are broken by position
+# rounded to well under a voxel and well over rounding error.
+_TIE_MM = 0.01
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One 26-connected component of a lesion mask.
+
+    Attributes
+    ----------
+    index : int
+        1 for the largest lesion of the scan.
+    voxels : int
+        Number of voxels of the scan's own grid.
+    volume_ml : float
+        Volume in millilitres.
+    centroid_mm : tuple of three floats
+        Centre of mass in scanner coordinates (right, anterior, superior), millimetres.
+    extent_mm : tuple of three floats
+        Size of the bounding box along the voxel axes nearest to left-right,
+        posterior-anterior and inferior-superior, millimetres.
+    """
+
+    index: int
+    voxels: int
+    volume_ml: float
+    centroid_mm: tuple[float, float, float]
+    extent_mm: tuple[float, float, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the lesion as JSON-ready values, rounded well below measurement error."""
+        return {
+            "index": self.index,
+            "voxels": self.voxels,
+            "volume_ml": round(self.volume_ml, 6),
+            "centroid_mm": [round(c, 2) for c in self.centroid_mm],
+            "extent_mm": [round(e, 2) for e in self.extent_mm],
+        }
+
+
+def apply_threshold(probability: NDArray[Any], threshold: float) -> NDArray[np.uint8]:
+    """Mark the voxels whose probability is at least the threshold.
+
+    Parameters
+    ----------
+    probability : array (I, J, K)
+        Values in [0, 1]; NaN counts as background.
+    threshold : float
+        Between 0 and 1, both excluded.
+
+    Returns
+    -------
+    uint8 array (I, J, K)
+        1 lesion, 0 background.
+
+    Raises
+    ------
+    ConfigError
+        If the threshold lies outside this range.
+    """
+    if not 0.0 < threshold < 1.0:
+        raise ConfigError(
+            f"The threshold must lie between 0 and 1, found {threshold}; "
+            "lower values find more and paler lesions."
+        )
+    # compared in the map's own precision, so that 0.6 in float32 counts as 0.6
+    level = np.asarray(threshold, dtype=probability.dtype)
+    return np.asarray(probability >= level, dtype=np.uint8)
+
+
+def remove_small_components(mask: NDArray[Any], min_voxels: int) -> NDArray[np.uint8]:
+    """Remove the 26-connected components that have fewer than ``min_voxels`` voxels.
+
+    Parameters
+    ----------
+    mask : array (I, J, K)
+        Non-zero is foreground.
+    min_voxels : int
+        The smallest component that is kept; 0 and 1 keep all.
+
+    Returns
+    -------
+    uint8 array (I, J, K)
+
+    Raises
+    ------
+    ConfigError
+        If ``min_voxels`` is negative.
+    """
+    if min_voxels < 0:
+        raise ConfigError(f"The smallest lesion size must be 0 voxels or more, found {min_voxels}.")
+    foreground = np.asarray(mask) != 0
+    if min_voxels <= 1:
+        return np.asarray(foreground, dtype=np.uint8)
+    labels, _ = ndimage.label(foreground, structure=_FULL_CONNECTIVITY)
+    keep = np.bincount(labels.ravel()) >= min_voxels
+    keep[0] = False
+    return np.asarray(keep[labels], dtype=np.uint8)
+
+
+def describe_lesions(mask: NDArray[Any], affine: NDArray[np.float64]) -> list[Lesion]:
+    """List the lesions of a mask, the largest first.
+
+    Parameters
+    ----------
+    mask : array (I, J, K)
+        Non-zero is foreground.
+    affine : array (4, 4)
+        Voxel indices to scanner millimetres (right, anterior, superior).
+
+    Returns
+    -------
+    list of Lesion
+        Lesions of equal size are ordered from superior to inferior, then anterior to
+        posterior, then right to left, so that the list does not depend on the storage order.
+
+    Raises
+    ------
+    DataError
+        If the mask is not 3-D.
+    """
+    if mask.ndim != 3:
+        raise DataError(f"A lesion mask must be a 3-D array, found shape {mask.shape}.")
+    labels, count = ndimage.label(np.asarray(mask) != 0, structure=_FULL_CONNECTIVITY)
+    if count == 0:
+        return []
+    affine = np.asarray(affine, dtype=np.float64)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000.0
+    native_axes = _axes_by_direction(affine)
+    indices = np.nonzero(labels)
+    owner = labels[indices] - 1
+    voxels = np.bincount(owner, minlength=count)
+    sums = np.stack([np.bincount(owner, weights=along, minlength=count) for along in indices])
+    centroids = (sums / voxels).T @ affine[:3, :3].T + affine[:3, 3]
+    boxes = ndimage.find_objects(labels)
+    order = sorted(range(count), key=lambda n: (-int(voxels[n]), *_position_key(centroids[n])))
+    lesions = []
+    for rank, n in enumerate(order, start=1):
+        size = [(box.stop - box.start) * spacing[axis] for axis, box in enumerate(boxes[n])]
+        lesions.append(
+            Lesion(
+                index=rank,
+                voxels=int(voxels[n]),
+                volume_ml=int(voxels[n]) * voxel_ml,
+                centroid_mm=_triple(centroids[n]),
+                extent_mm=_triple([size[axis] for axis in native_axes]),
+            )
+        )
+    return lesions
+
+
+def _axes_by_direction(affine: NDArray[np.float64]) -> list[int]:
+    """Voxel axes nearest to left-right, posterior-anterior and inferior-superior, in that order."""
+    direction = io_orientation(affine)[:, 0]
+    return [int(np.flatnonzero(direction == world)[0]) for world in range(3)]
+
+
+def _position_key(centroid_mm: NDArray[np.float64]) -> tuple[int, int, int]:
+    right, anterior, superior = (round(float(c) / _TIE_MM) for c in centroid_mm)
+    return -superior, -anterior, -right
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    first, second, third = (float(v) for v in values)
+    return first, second, third

@@ -1,0 +1,443 @@
+"""`wmh-lora segment` end to end on phantoms: files, tables, exit codes, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from tests.phantoms import BrightnessNet, brightness_model, head, write_head
+from wmh_lora.cli.main import cli
+from wmh_lora.errors import DeviceError, WeightsError
+from wmh_lora.volume import Volume
+
+ENDINGS = (
+    "_space-orig_label-WMH_mask.nii.gz",
+    "_space-orig_label-WMH_probseg.nii.gz",
+    "_wmh.json",
+    "_wmh.png",
+)
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def _phantom_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wmh_lora.engine.load_model", lambda name: brightness_model())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run `wmh-lora segment` on paths below tmp_path, into tmp_path/out."""
+
+    def invoke(*inputs: str | Path, options: tuple[str, ...] = (), out: str = "out") -> Result:
+        paths = [str(tmp_path / path) for path in inputs]
+        arguments = ["segment", *paths, "-o", str(tmp_path / out), "--device", "cpu", *options]
+        result = CliRunner().invoke(cli, arguments)
+        assert "Traceback" not in result.output
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        return result
+
+    return invoke
+
+
+def names(folder: Path) -> set[str]:
+    """Every file below a folder, hidden ones as well."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def outputs_of(*stems: str) -> set[str]:
+    return {stem + ending for stem in stems for ending in ENDINGS}
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream, delimiter="\t"))
+
+
+class TestOneScan:
+    def test_writes_the_four_files(self, tmp_path: Path, run: Run) -> None:
+        write_head(tmp_path / "sub-01_FLAIR.nii.gz")
+        result = run("sub-01_FLAIR.nii.gz")
+        assert result.exit_code == 0, result.output
+        assert names(tmp_path / "out") == outputs_of("sub-01")
+        assert "sub-01: 4.48 mL in 2 lesions" in result.stdout
+        assert result.stderr == ""
+
+    def test_mask_lies_on_the_scan_bit_for_bit(self, tmp_path: Path, run: Run) -> None:
+        source = write_head(tmp_path / "sub-01_FLAIR.nii.gz")
+        run(source.name)
+        mask = nib.nifti1.Nifti1Image.from_filename(
+            tmp_path / "out" / "sub-01_space-orig_label-WMH_mask.nii.gz"
+        )
+        scan = nib.nifti1.Nifti1Image.from_filename(source)
+        assert mask.get_data_dtype() == np.uint8
+        np.testing.assert_array_equal(np.asarray(mask.dataobj), head()[1])
+        for field in ("dim", "pixdim", "qform_code", "sform_code", "srow_x", "srow_y", "srow_z"):
+            np.testing.assert_array_equal(mask.header[field], scan.header[field])
+
+    def test_report(self, tmp_path: Path, run: Run) -> None:
+        write_head(tmp_path / "sub-01_FLAIR.nii.gz")
+        run("sub-01_FLAIR.nii.gz", options=("--tta", "flip", "--threshold", "0.4"))
+        text = (tmp_path / "out" / "sub-01_wmh.json").read_text(encoding="utf-8")
+        report = json.loads(text)
+        assert report["file"] == "sub-01_FLAIR.nii.gz"
+        assert report["wmh_volume_ml"] == pytest.approx(4.48)
+        assert [lesion["voxels"] for lesion in report["lesions"]] == [24, 4]
+        assert report["settings"]["tta"] == "flip"
+        assert report["settings"]["threshold"] == 0.4
+        assert report["model"]["name"] == "brightness"
+        assert str(tmp_path) not in text
+
+    def test_picture_can_be_opened(self, tmp_path: Path, run: Run) -> None:
+        write_head(tmp_path / "a.nii.gz")
+        run("a.nii.gz")
+        with Image.open(tmp_path / "out" / "a_wmh.png") as picture:
+            picture.load()
+            assert min(picture.size) > 200
+
+    def test_min_voxels(self, tmp_path: Path, run: Run) -> None:
+        write_head(tmp_path / "a.nii.gz")
+        result = run("a.nii.gz", options=("--min-voxels", "5"))
+        assert "in 1 lesion ->" in result.stdout
+
+    def test_json_is_all_that_stdout_holds(self, tmp_path: Path, run: Run) -> None:
+        write_head(tmp_path / "a_FLAIR.nii.gz")
+        result = run("a_FLAIR.nii.gz", "absent.nii.gz", options=("--json",))
+        document = json.loads(result.stdout)
+        assert result.exit_code == 1
+        (scan,) = document["scans"]
+        assert scan["scan"] == "a"
+        assert scan["lesion_count"] == 2
+        assert Path(scan["outputs"]["mask"]).is_file()
+        (failed,) = document["failed"]
+        assert "absent.nii.gz does not exist" in failed["message"]
+        assert Path(document["table"]).is_file()
+
+
+class TestBatch:
+    def test_folder_gets_a_table(self, tmp_path: Path, run: Run) -> None:
+        for name in ("sub-02", "sub-01"):
+            write_head(tmp_path / "study" / name / "anat" / f"{name}_FLAIR.nii.gz")
+        write_head(tmp_path / "study" / "sub-01" / "anat" / "sub-01_T1w.nii.gz")
+        result = run("study")
+        assert result.exit_code == 0, result.output
+        assert names(tmp_path / "out") == outputs_of("sub-01", "sub-02") | {"wmh.tsv"}
+        rows = table(tmp_path / "out" / "wmh.tsv")
+        assert [row["scan"] for row in rows] == ["sub-01", "sub-02"]
+        assert [row["wmh_volume_ml"] for row in rows] == ["4.4800", "4.4800"]
+
+    def test_a_bad_file_does_not_stop_the_others(self, tmp_path: Path, run: Run) -> None:
+        for name in ("a", "c"):
+            write_head(tmp_path / "study" / f"{name}.nii.gz")
+        (tmp_path / "study" / "b.nii.gz").write_text("not an image")
+        result = run("study")
+        assert result.exit_code == 1
+        assert names(tmp_path / "out") == outputs_of("a", "c") | {"wmh.tsv"}
+        rows = table(tmp_path / "out" / "wmh.tsv")
+        assert [row["status"] for row in rows] == ["done", "failed", "done"]
+        assert rows[1]["wmh_volume_ml"] == "n/a"
+        assert "b.nii.gz" in rows[1]["message"]
+        assert "1 of 3 inputs failed" in result.stderr
+        assert "b.nii.gz" in result.stderr
+        assert "b.nii.gz" not in result.stdout
+
+    def test_an_unforeseen_error_does_not_stop_the_others(
+        self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls = []
+        original = BrightnessNet.forward
+
+        def sometimes(self: BrightnessNet, slices: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 1:
+                raise RuntimeError("something\nodd")
+            return original(self, slices)
+
+        monkeypatch.setattr(BrightnessNet, "forward", sometimes)
+        for name in ("a", "b"):
+            write_head(tmp_path / f"{name}.nii.gz")
+        result = run("a.nii.gz", "b.nii.gz")
+        assert result.exit_code == 1
+        assert names(tmp_path / "out") == outputs_of("b") | {"wmh.tsv"}
+        first, *_ = result.stderr.splitlines()
+        assert "a.nii.gz" in first
+        assert "something odd" in first
+
+    def test_several_files_get_a_table_and_duplicates_are_done_once(
+        self, tmp_path: Path, run: Run
+    ) -> None:
+        write_head(tmp_path / "a.nii.gz")
+        result = run("a.nii.gz", "a.nii.gz", ".")
+        assert result.exit_code == 0, result.output
+        assert len(table(tmp_path / "out" / "wmh.tsv")) == 1
+
+    def test_equal_names_in_a_folder_keep_their_subfolders(self, tmp_path: Path, run: Run) -> None:
+        for number in ("0", "1"):
+            write_head(tmp_path / "study" / number / "FLAIR.nii.gz")
+        result = run("study")
+        assert result.exit_code == 0, result.output
+        expected = {f"{number}/{name}" for number in "01" for name in outputs_of("FLAIR")}
+        assert names(tmp_path / "out") == expected | {"wmh.tsv"}
+        rows = table(tmp_path / "out" / "wmh.tsv")
+        assert [row["scan"] for row in rows] == ["0/FLAIR", "1/FLAIR"]
+
+    def test_inputs_with_one_name_are_refused_before_any_work(
+        self, tmp_path: Path, run: Run
+    ) -> None:
+        write_head(tmp_path / "x" / "a_FLAIR.nii.gz")
+        write_head(tmp_path / "y" / "A.nii.gz")
+        result = run("x/a_FLAIR.nii.gz", "y/A.nii.gz")
+        assert result.exit_code == 2
+        assert "would both be written as" in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
+class TestExistingResults:
+    def test_are_refused_before_any_work(
+        self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_head(tmp_path / "a.nii.gz")
+        write_head(tmp_path / "b.nii.gz")
+        assert run("b.nii.gz").exit_code == 0
+        before = names(tmp_path / "out")
+        monkeypatch.setattr("wmh_lora.engine.load_model", lambda name: pytest.fail("worked"))
+        result = run("a.nii.gz", "b.nii.gz")
+        assert result.exit_code == 2
+        assert "--overwrite" in result.stderr
+        assert "(and 3 more)" in result.stderr
+        assert names(tmp_path / "out") == before
+
+    def test_are_replaced_on_request(self, tmp_path: Path, run: Run) -> None:
+        write_head(tmp_path / "a.nii.gz")
+        run("a.nii.gz")
+        result = run("a.nii.gz", options=("--overwrite", "--min-voxels", "5"))
+        assert result.exit_code == 0, result.output
+        report = json.loads((tmp_path / "out" / "a_wmh.json").read_text(encoding="utf-8"))
+        assert report["lesion_count"] == 1
+
+
+def _absent(path: Path) -> None:
+    """Leave nothing there."""
+
+
+def _folder_without_images(path: Path) -> None:
+    path.mkdir()
+    (path / "notes.txt").write_text("nothing here")
+
+
+def _truncated(path: Path) -> None:
+    write_head(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _text(path: Path) -> None:
+    path.write_text("this is no image")
+
+
+def _packed_text(path: Path) -> None:
+    path.write_bytes(gzip.compress(b"this is no image either"))
+
+
+def _empty_file(path: Path) -> None:
+    path.touch()
+
+
+def _save(
+    data: np.ndarray[Any, Any], path: Path, affine: np.ndarray[Any, Any] | None = None
+) -> None:
+    image = nib.nifti1.Nifti1Image(data, np.eye(4) if affine is None else affine)
+    image.to_filename(path)
+
+
+def _series(path: Path) -> None:
+    _save(np.random.default_rng(0).random((20, 20, 5, 3)).astype(np.float32), path)
+
+
+def _flat(path: Path) -> None:
+    _save(np.random.default_rng(0).random((20, 20)).astype(np.float32), path)
+
+
+def _complex(path: Path) -> None:
+    _save(np.ones((20, 20, 5), np.complex64), path)
+
+
+def _colour(path: Path) -> None:
+    _save(np.zeros((20, 20, 5), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])), path)
+
+
+def _constant(path: Path) -> None:
+    _save(np.full((20, 20, 5), 7, np.int16), path)
+
+
+def _all_nan(path: Path) -> None:
+    _save(np.full((20, 20, 5), np.nan, np.float32), path)
+
+
+def _absurd_voxels(path: Path) -> None:
+    volume, _ = head()
+    _save(volume.data, path, np.diag([900.0, 900.0, 900.0, 1.0]))
+
+
+def _singular(path: Path) -> None:
+    volume, _ = head()
+    affine = np.diag([4.0, 4.0, 10.0, 1.0])
+    affine[1] = affine[0]
+    header = nib.nifti1.Nifti1Header()
+    image = nib.nifti1.Nifti1Image(volume.data, None, header)
+    image.set_sform(affine, code=1, update_affine=False)
+    image.to_filename(path)
+
+
+def _huge(path: Path) -> None:
+    header = nib.nifti1.Nifti1Header()
+    header.set_data_dtype(np.float32)
+    header["dim"] = (3, 3000, 3000, 3000, 1, 1, 1, 1)
+    header["pixdim"][:4] = 1.0
+    header["magic"] = b"n+1"
+    header["vox_offset"] = 352
+    path.write_bytes(gzip.compress(header.binaryblock + bytes(2000)))
+
+
+BAD_INPUTS = (
+    _absent,
+    _folder_without_images,
+    _truncated,
+    _text,
+    _packed_text,
+    _empty_file,
+    _series,
+    _flat,
+    _complex,
+    _colour,
+    _constant,
+    _all_nan,
+    _absurd_voxels,
+    _singular,
+    _huge,
+)
+
+
+@pytest.mark.parametrize("make", BAD_INPUTS, ids=lambda make: make.__name__.strip("_"))
+class TestBadInput:
+    def test_alone(self, make: Callable[[Path], None], tmp_path: Path, run: Run) -> None:
+        make(tmp_path / "bad.nii.gz")
+        result = run("bad.nii.gz")
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        (line,) = result.stderr.splitlines()
+        assert "bad.nii.gz" in line
+        assert line.endswith((".", "?"))
+        assert "Unexpected" not in line
+        assert not (tmp_path / "out").exists()
+
+    def test_among_good_ones(self, make: Callable[[Path], None], tmp_path: Path, run: Run) -> None:
+        make(tmp_path / "bad.nii.gz")
+        write_head(tmp_path / "good.nii.gz")
+        result = run("bad.nii.gz", "good.nii.gz")
+        assert result.exit_code == 1
+        assert names(tmp_path / "out") == outputs_of("good") | {"wmh.tsv"}
+
+
+class TestTrouble:
+    def test_unwritable_output(self, tmp_path: Path, run: Run) -> None:
+        write_head(tmp_path / "a.nii.gz")
+        (tmp_path / "file").touch()
+        result = run("a.nii.gz", out="file/out")
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
+        assert "output folder" in result.stderr
+
+    def test_disk_full(self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("os.fsync", full)
+        write_head_without_sync(tmp_path / "a.nii")
+        result = run("a.nii")
+        assert result.exit_code == 1
+        assert "no space is left on the disk" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("error", "code"),
+        [
+            (WeightsError("The base weights are absent; run `wmh-lora models pull`."), 2),
+            (DeviceError("No such device."), 2),
+            (ValueError("nobody\nforesaw this"), 1),
+        ],
+    )
+    def test_the_model_cannot_be_loaded(
+        self,
+        error: Exception,
+        code: int,
+        tmp_path: Path,
+        run: Run,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def fail(name: str) -> None:
+            raise error
+
+        monkeypatch.setattr("wmh_lora.engine.load_model", fail)
+        write_head(tmp_path / "a.nii.gz")
+        result = run("a.nii.gz")
+        assert result.exit_code == code
+        (line,) = result.stderr.splitlines()
+        assert str(error).split()[0] in line
+        assert not (tmp_path / "out").exists()
+
+    def test_absent_device(self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        write_head(tmp_path / "a.nii.gz")
+        result = run("a.nii.gz", options=("--device", "cuda"))
+        assert result.exit_code == 2
+        assert "cuda is not available" in result.stderr
+
+    @pytest.mark.parametrize(
+        "options",
+        [("--threshold", "1"), ("--min-voxels", "-1"), ("--tta", "all"), ("--threads", "0")],
+    )
+    def test_settings_out_of_range(
+        self, options: tuple[str, ...], tmp_path: Path, run: Run
+    ) -> None:
+        assert run("a.nii.gz", options=options).exit_code == 2
+
+    def test_debug_shows_the_traceback(self, tmp_path: Path) -> None:
+        arguments = ["--debug", "segment", str(tmp_path / "absent.nii"), "-o", str(tmp_path / "o")]
+        result = CliRunner().invoke(cli, arguments)
+        assert result.exit_code == 1
+        assert "Traceback" in result.stderr
+
+    def test_warnings_of_the_reader_reach_user_and_report(self, tmp_path: Path, run: Run) -> None:
+        volume, _ = head()
+        image = nib.nifti1.Nifti1Image(volume.data, volume.affine)
+        image.header.set_xyzt_units("meter")
+        image.to_filename(tmp_path / "a.nii.gz")
+        result = run("a.nii.gz")
+        assert "warning:" in result.stderr
+        report = json.loads((tmp_path / "out" / "a_wmh.json").read_text(encoding="utf-8"))
+        assert report["warnings"][0].startswith("a.nii.gz: the header counts in metres")
+
+
+def write_head_without_sync(path: Path) -> None:
+    volume, _ = head()
+    nib.nifti1.Nifti1Image(volume.data, volume.affine).to_filename(path)
+
+
+def test_outputs_are_not_taken_for_inputs(tmp_path: Path, run: Run) -> None:
+    """A second run over a folder that holds the results of the first finds the same scans."""
+    write_head(tmp_path / "study" / "a.nii.gz")
+    assert run("study", out="study/out").exit_code == 0
+    assert run("study", out="study/out", options=("--overwrite",)).exit_code == 0
+    assert len(table(tmp_path / "study" / "out" / "wmh.tsv")) == 1
+    assert Volume.read(tmp_path / "study" / "a.nii.gz").shape == head()[0].shape

@@ -1,0 +1,154 @@
+"""The training stream: fixed by seed and index, mixed, labelled, and fed by the inference path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wmh_lora.config import PreprocessConfig
+from wmh_lora.data.augment import augment_crop, augment_scan
+from wmh_lora.data.dataset import DataConfig, TrainingStream, build_stream
+from wmh_lora.data.synthesis import Case
+from wmh_lora.errors import ConfigError, DataError
+from wmh_lora.volume import Volume, write_nifti
+
+STRUCTURES = ("wmh", "ventricles", "brain")
+
+
+def real_folder(root: Path) -> Path:
+    """A BIDS folder with one labelled scan, whose ventricles nobody drew."""
+    rng = np.random.default_rng(0)
+    shape = (64, 72, 8)
+    grids = np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in shape), indexing="ij")
+    radius = np.sqrt(np.sum(np.square(grids), axis=0))
+    brain = radius < 1.0
+    scalp = (radius < 1.1) & ~brain
+    data = np.where(brain, 100.0, np.where(scalp, 300.0, 1.0)) + rng.normal(0.0, 2.0, shape)
+    mask = np.zeros(shape, dtype=np.uint8)
+    mask[20:26, 30:36, 3:5] = 1
+    data[mask > 0] = 180.0
+    volume = Volume(data.astype(np.float32), np.diag([3.0, 3.0, 7.0, 1.0]))
+    anat = root / "sub-01" / "anat"
+    manual = root / "derivatives" / "manual" / "sub-01" / "anat"
+    anat.mkdir(parents=True)
+    manual.mkdir(parents=True)
+    write_nifti(anat / "sub-01_FLAIR.nii.gz", volume.data, volume)
+    write_nifti(manual / "sub-01_space-orig_label-WMH_mask.nii.gz", mask, volume)
+    write_nifti(
+        manual / "sub-01_space-orig_label-brain_mask.nii.gz", brain.astype(np.uint8), volume
+    )
+    return root
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> TrainingStream:
+    config = DataConfig(
+        root=str(real_folder(tmp_path)), real=".", lanes=2, real_lanes=2, crops_per_scan=3
+    )
+    return TrainingStream(config, 7, 64, PreprocessConfig(pixel_size_mm=2.0), STRUCTURES)
+
+
+def test_a_sample_depends_on_seed_and_index_alone(stream: TrainingStream) -> None:
+    in_order = [stream.item(i) for i in range(10)]
+    fresh = TrainingStream(stream.config, 7, 64, stream.preprocess_config, STRUCTURES)
+    for index in (9, 2, 7):  # another order, another process's history
+        again = fresh.item(index)
+        np.testing.assert_array_equal(again.image, in_order[index].image)
+        np.testing.assert_array_equal(again.target, in_order[index].target)
+    other = TrainingStream(stream.config, 8, 64, stream.preprocess_config, STRUCTURES)
+    assert not np.array_equal(other.item(0).image, in_order[0].image)
+
+
+def test_samples_have_the_network_s_shape_and_say_what_is_labelled(stream: TrainingStream) -> None:
+    samples = [stream.item(i) for i in range(12)]
+    for sample in samples:
+        assert sample.image.shape == (3, 64, 64)
+        assert sample.target.shape == (3, 64, 64)
+        assert sample.image.dtype == sample.target.dtype == np.float32
+        assert 0.0 <= sample.image.min() <= sample.image.max() <= 1.0
+        assert sample.valid.tolist() == [True, False, True], "nobody drew the ventricles"
+        assert not sample.target[1].any()
+    with_lesion = [s for s in samples if s.target[0].max() > 0.5]
+    assert len(with_lesion) >= 6
+    for sample in with_lesion:
+        lesion = sample.target[0] > 0.9
+        if lesion.sum() > 4:
+            brain = (sample.target[2] > 0.9) & (sample.target[0] < 0.1)
+            assert sample.image[1][lesion].mean() > sample.image[1][brain].mean()
+
+
+def test_lanes_change_scans_at_different_times() -> None:
+    stream = TrainingStream(
+        DataConfig(lanes=4, crops_per_scan=8), 0, 32, PreprocessConfig(), STRUCTURES
+    )
+    made: list[int] = []
+    stream._make_scan = lambda rng, lane: made.append(lane)  # type: ignore[method-assign,assignment,return-value]
+    stream._crop = lambda rng, scan: scan  # type: ignore[method-assign,assignment,return-value]
+    changes = []
+    for turn in range(24):
+        before = len(made)
+        for lane in range(4):
+            stream.item(turn * 4 + lane)
+        changes.append(len(made) - before)
+    assert changes[0] == 4
+    assert max(changes[1:]) == 1, "one new scan at a time keeps generation even"
+    assert sum(changes[1:]) >= 10
+
+
+def test_wrong_settings_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="real_lanes"):
+        DataConfig(lanes=2, real_lanes=3, real="x")
+    with pytest.raises(ConfigError, match=r"data\.real"):
+        DataConfig(real_lanes=1)
+    with pytest.raises(ConfigError, match="cache"):
+        DataConfig(labelmaps="x")
+    arguments = (0, 32, PreprocessConfig(), STRUCTURES)
+    with pytest.raises(ConfigError, match="colour"):
+        build_stream({"colour": 1}, *arguments)
+    with pytest.raises(DataError, match="FLAIR"):
+        build_stream({"root": str(tmp_path), "real": ".", "real_lanes": 1}, *arguments)
+
+
+def test_a_crop_keeps_image_and_target_together() -> None:
+    image = np.zeros((3, 96, 80), dtype=np.float32)
+    target = np.zeros((1, 96, 80), dtype=np.float32)
+    image[:, 40:60, 30:50] = 0.8
+    target[0, 40:60, 30:50] = 1.0
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        for real in (False, True):
+            crop, label = augment_crop(rng, image, target, np.array([50.0, 40.0]), 64, real=real)
+            assert crop.shape == (3, 64, 64)
+            assert label.shape == (1, 64, 64)
+            bright = crop[1] > 0.4
+            inside = label[0] > 0.5
+            overlap = 2 * (bright & inside).sum() / (bright.sum() + inside.sum())
+            assert overlap > 0.85
+    small, _ = augment_crop(
+        np.random.default_rng(0),
+        image[:, :40, :40],
+        target[:, :40, :40],
+        np.array([5.0, 5.0]),
+        64,
+        real=False,
+    )
+    assert small.shape == (3, 64, 64)
+
+
+def test_scan_augmentation_keeps_the_grid_and_the_labels() -> None:
+    rng = np.random.default_rng(0)
+    data = rng.uniform(10, 200, (40, 44, 6)).astype(np.float32)
+    brain = np.zeros(data.shape, dtype=np.float32)
+    brain[8:32, 8:36, 1:5] = 1.0
+    case = Case(Volume(data, np.diag([0.9, 0.9, 7.0, 1.0])), {"brain": brain})
+    stripped = 0
+    for seed in range(20):
+        varied = augment_scan(np.random.default_rng(seed), case)
+        assert varied.volume.shape == data.shape
+        np.testing.assert_array_equal(varied.volume.affine, case.volume.affine)
+        np.testing.assert_array_equal(varied.masks["brain"], brain)
+        assert np.isfinite(varied.volume.data).all()
+        stripped += bool((varied.volume.data[:4] == 0).all())
+    assert 3 <= stripped <= 17

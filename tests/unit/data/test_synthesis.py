@@ -1,0 +1,167 @@
+"""Synthetic scans: reproducible, labelled where they are bright, and varied as they should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from wmh_lora.data.acquisition import acquire
+from wmh_lora.data.anatomy import Anatomy, Tissue, mni_anatomy
+from wmh_lora.data.fields import smooth_field, upsample
+from wmh_lora.data.lesions import (
+    MaskBank,
+    draw_lesions,
+    periventricular,
+    punctate,
+    ventricle_distance,
+)
+from wmh_lora.data.painting import LESION_CONTRAST, paint, tissue_contrast
+from wmh_lora.data.synthesis import STRUCTURES, demo_case, synthesize
+
+
+@pytest.fixture(scope="module")
+def small_anatomy() -> Anatomy:
+    """The MNI152 anatomy at every third voxel: the same shapes, a twenty-seventh of the work."""
+    whole = mni_anatomy()
+    return Anatomy("small", whole.tissue[::3, ::3, ::3], whole.to_mni_mm[:, ::3, ::3, ::3], False)
+
+
+def test_the_packaged_anatomy_holds_every_tissue_that_lesions_need() -> None:
+    anatomy = mni_anatomy()
+    volume_ml = np.bincount(anatomy.tissue.ravel(), minlength=len(Tissue)) / 1000.0
+    assert 400 < volume_ml[Tissue.WHITE_MATTER] < 800
+    assert 600 < volume_ml[Tissue.CORTEX] < 1200
+    assert 10 < volume_ml[Tissue.VENTRICLE] < 60
+    middle = np.argwhere(anatomy.tissue == Tissue.VENTRICLE).mean(axis=0)
+    node = np.rint(middle / 8).astype(int)
+    where_mm = anatomy.to_mni_mm[:, node[0], node[1], node[2]]
+    assert np.abs(where_mm - [0.0, -20.0, 12.0]).max() < 15.0, "ventricles lie about the origin"
+
+
+def test_the_same_seed_makes_the_same_scan(small_anatomy: Anatomy) -> None:
+    first, again, other = (
+        synthesize(np.random.default_rng(seed), small_anatomy, None) for seed in (5, 5, 6)
+    )
+    np.testing.assert_array_equal(first.volume.data, again.volume.data)
+    for name in STRUCTURES:
+        np.testing.assert_array_equal(first.masks[name], again.masks[name])
+    assert first.volume.shape != other.volume.shape or not np.array_equal(
+        first.volume.data, other.volume.data
+    )
+
+
+def test_scans_are_finite_and_share_a_grid_with_their_masks(small_anatomy: Anatomy) -> None:
+    steps = set()
+    for seed in range(12):
+        case = synthesize(np.random.default_rng(seed), small_anatomy, None)
+        assert np.isfinite(case.volume.data).all()
+        assert case.volume.data.std() > 0
+        assert set(case.masks) == set(STRUCTURES)
+        for mask in case.masks.values():
+            assert mask.shape == case.volume.shape
+            assert set(np.unique(mask)) <= {0.0, 1.0}
+        steps.add(round(max(case.volume.spacing_mm), 2))
+    assert min(steps) == 1.0, "some scans are isotropic"
+    assert max(steps) > 3.0, "some have thick slices"
+
+
+def test_lesions_are_brighter_than_the_white_matter_around_them() -> None:
+    anatomy = mni_anatomy()
+    tissue = anatomy.tissue[20:130, 40:150, 60:100]
+    distance = ventricle_distance(tissue)
+    ratios = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        lesions = punctate(rng, distance, tissue)
+        image, reference = paint(rng, tissue, lesions, distance)
+        inside = (reference > 0) & (tissue == Tissue.WHITE_MATTER)
+        if inside.sum() < 20:
+            continue
+        ring = ndimage.binary_dilation(inside, iterations=5) & ~ndimage.binary_dilation(
+            lesions > 0, iterations=3
+        )
+        around = image[ring & (tissue == Tissue.WHITE_MATTER)]
+        ratios.append(np.median(image[inside]) / np.median(around))
+    assert len(ratios) >= 8
+    assert min(ratios) > 1.02
+    assert np.median(ratios) > LESION_CONTRAST[0]
+    assert max(ratios) < LESION_CONTRAST[1] + 0.4
+
+
+def test_flair_contrast_keeps_its_order() -> None:
+    for seed in range(50):
+        mean = tissue_contrast(np.random.default_rng(seed))
+        assert mean[Tissue.WHITE_MATTER] == 1.0
+        assert mean[Tissue.VENTRICLE] < 0.6, "fluid is dark"
+        assert mean[Tissue.CORTEX] > 1.0, "grey matter is not darker than white"
+
+
+def test_lesions_keep_to_the_brain_and_bands_to_the_ventricles() -> None:
+    tissue = mni_anatomy().tissue
+    distance = ventricle_distance(tissue)
+    anatomy = mni_anatomy()
+    loads = []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        mask = draw_lesions(rng, tissue, anatomy.to_mni_mm, distance, None)
+        assert not mask[np.isin(tissue, (Tissue.AIR, Tissue.CSF, Tissue.VENTRICLE))].any()
+        loads.append(mask.sum() / 1000.0)
+    assert max(loads) > 5.0
+    assert min(loads) < 2.0
+    band = periventricular(np.random.default_rng(1), distance, tissue) > 0
+    assert np.median(distance[band]) < 15.0
+
+
+def test_masks_from_mni_space_land_where_they_were_drawn() -> None:
+    anatomy = mni_anatomy()
+    drawn = np.zeros((182, 218, 182), dtype=bool)
+    drawn[100:110, 110:122, 95:105] = True
+    affine = np.array([[-1.0, 0, 0, 90], [0, 1, 0, -126], [0, 0, 1, -72], [0, 0, 0, 1]])
+    bank = MaskBank((drawn,), np.linalg.inv(affine))
+    expected_mm = nib.affines.apply_affine(affine, [104.5, 115.5, 99.5])
+    shape = (anatomy.tissue.shape[0], anatomy.tissue.shape[1], anatomy.tissue.shape[2])
+    mm = np.stack([upsample(c, shape) for c in anatomy.to_mni_mm])
+    laid = bank.draw(np.random.default_rng(2), anatomy.to_mni_mm, shape) > 0
+    found_mm = mm[:, laid].mean(axis=1)
+    found_mm[0] = np.sign(expected_mm[0]) * abs(found_mm[0])  # mirrored half of the time
+    assert np.abs(found_mm - expected_mm).max() < 6.0
+
+
+def test_masks_of_excluded_subjects_are_not_read(tmp_path: Path) -> None:
+    for name in ("sub-01", "sub-26"):
+        data = np.zeros((4, 4, 4), dtype=np.uint8)
+        data[0] = name == "sub-26"
+        nib.save(nib.Nifti1Image(data, np.eye(4)), tmp_path / f"{name}_label-WMH_mask.nii.gz")
+    bank = MaskBank.read(tmp_path, exclude=("sub-26",))
+    assert len(bank.masks) == 1
+    assert not bank.masks[0].any()
+
+
+def test_slices_average_what_they_cover() -> None:
+    painted = np.full((20, 20, 64), 1.0, dtype=np.float32)
+    masks = np.zeros((1, 20, 20, 64), dtype=np.float32)
+    masks[0, :, :, 20:40] = 1.0
+    for seed in range(20):
+        scan = acquire(np.random.default_rng(seed), painted, masks, None)
+        voxel_ml = abs(np.linalg.det(scan.affine))
+        volume = scan.masks.sum() * voxel_ml
+        assert scan.masks.shape[1:] == scan.image.shape
+        assert volume == pytest.approx(masks.sum(), rel=0.35)
+
+
+def test_fields_are_smooth_and_of_unit_spread() -> None:
+    rng = np.random.default_rng(0)
+    field = smooth_field(rng, (60, 50, 40), 6.0)
+    assert field.shape == (60, 50, 40)
+    assert 0.4 < field.std() < 1.1
+    assert np.abs(np.diff(field, axis=0)).mean() < 0.35 * field.std()
+
+
+def test_the_demo_case_has_lesions() -> None:
+    image, affine, reference = demo_case()
+    assert image.shape == reference.shape
+    assert reference.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000.0 > 10.0

@@ -1,0 +1,272 @@
+"""The engine: its public API, test-time augmentation, devices and results on the scan's grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wmh_lora
+from tests.phantoms import BrightnessNet, brightness_model, head, write_head
+from wmh_lora.config import TtaMode
+from wmh_lora.engine import (
+    _VIEWS,
+    Segmentation,
+    WMHInferenceEngine,
+    _turn,
+    _turn_back,
+    choose_device,
+    segment,
+)
+from wmh_lora.errors import ConfigError, DeviceError, UnreadableImageError
+from wmh_lora.logs import LOGGER
+from wmh_lora.models.registry import Model
+from wmh_lora.volume import Volume
+
+
+@pytest.fixture
+def model() -> Model:
+    return brightness_model()
+
+
+class TestViews:
+    @pytest.mark.parametrize(("tta", "count"), [("none", 1), ("flip", 4), ("d4", 8)])
+    def test_are_distinct(self, tta: TtaMode, count: int) -> None:
+        picture = torch.arange(16.0).reshape(1, 1, 4, 4)
+        views = {tuple(_turn(picture, *view).flatten().tolist()) for view in _VIEWS[tta]}
+        assert len(_VIEWS[tta]) == len(views) == count
+
+    def test_flips_are_the_flips(self) -> None:
+        picture = torch.arange(12.0).reshape(1, 1, 3, 4)
+        found = [_turn(picture, *view) for view in _VIEWS["flip"]]
+        for dims in ((), (-1,), (-2,), (-2, -1)):
+            assert any(torch.equal(picture.flip(dims), view) for view in found)
+
+    @pytest.mark.parametrize("view", _VIEWS["d4"])
+    def test_are_undone_exactly(self, view: tuple[int, bool]) -> None:
+        pictures = torch.rand(2, 3, 8, 16)
+        assert torch.equal(_turn_back(_turn(pictures, *view), *view), pictures)
+
+
+class ShiftNet(nn.Module):
+    """Answers with its input moved by two columns: averaging its views shows every direction."""
+
+    def forward(self, slices: Tensor) -> Tensor:
+        return 10.0 * slices[:, 1:2].roll(2, -1) - 5.0
+
+
+class TestPredict:
+    def test_finds_the_lesions_of_a_phantom_exactly(self, model: Model) -> None:
+        volume, reference = head()
+        result = WMHInferenceEngine(model, "cpu").segment(volume)
+        np.testing.assert_array_equal(result.mask, reference)
+        assert [lesion.voxels for lesion in result.lesions] == [24, 4]
+        assert result.volume_ml == pytest.approx(28 * 0.16)
+
+    @pytest.mark.parametrize("tta", ["none", "flip", "d4"])
+    def test_an_equivariant_network_gives_the_same_with_any_views(
+        self, model: Model, tta: TtaMode
+    ) -> None:
+        volume, _ = head()
+        engine = WMHInferenceEngine(model, "cpu")
+        np.testing.assert_allclose(
+            engine.predict(volume, tta=tta), engine.predict(volume), atol=1e-6
+        )
+        net = model.net
+        assert isinstance(net, BrightnessNet)
+        assert len(net.seen_shapes) == (len(_VIEWS[tta]) + 1) * 3
+
+    def test_averages_probabilities_over_the_whole_group(self) -> None:
+        """The mean over all eight views must be as symmetric as the group."""
+        engine = WMHInferenceEngine(ShiftNet(), "cpu")
+        x, y = torch.meshgrid(*[torch.linspace(-1, 1, 16)] * 2, indexing="ij")
+        disc = ((x**2 + y**2) < 0.5).float().expand(1, 3, -1, -1)
+        summed = sum(
+            _turn_back(torch.sigmoid(engine._net(_turn(disc, *view))[:, 0]), *view)
+            for view in _VIEWS["d4"]
+        )
+        assert isinstance(summed, Tensor)
+        for view in _VIEWS["d4"]:
+            torch.testing.assert_close(_turn(summed, *view), summed)
+
+    def test_batches_do_not_change_the_result(self) -> None:
+        volume, _ = head()
+        results = [
+            WMHInferenceEngine(brightness_model(batch_size=n), "cpu").predict(volume, tta="flip")
+            for n in (1, 4, 64)
+        ]
+        np.testing.assert_array_equal(results[0], results[1])
+        np.testing.assert_array_equal(results[0], results[2])
+
+    def test_reports_progress_to_the_end(self, model: Model) -> None:
+        steps: list[tuple[int, int]] = []
+        volume, _ = head()
+        WMHInferenceEngine(model, "cpu").predict(
+            volume, tta="flip", progress=lambda done, total: steps.append((done, total))
+        )
+        slices = steps[-1][1] // 4
+        assert steps[-1] == (4 * slices, 4 * slices)
+        assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+
+    def test_does_not_change_the_scan(self, model: Model) -> None:
+        volume, _ = head()
+        before = volume.data.copy()
+        WMHInferenceEngine(model, "cpu").segment(volume, tta="d4")
+        np.testing.assert_array_equal(volume.data, before)
+
+
+class TestPublicApi:
+    """REFERENCE: exactly these calls, names and defaults."""
+
+    def test_published_example(self, model: Model, tmp_path: Path) -> None:
+        path = write_head(tmp_path / "FLAIR.nii.gz")
+        engine = WMHInferenceEngine(model=model, device="cpu", img_size=512)
+        prob_volume, nifti_ref = engine.predict_volume_probs(str(path), use_tta=True)
+        mask = engine.cc_filter(engine.apply_threshold(prob_volume, threshold=0.60), min_v=3)
+        assert prob_volume.dtype == np.float32
+        assert (prob_volume.min() >= 0.0, prob_volume.max() <= 1.0) == (True, True)
+        assert mask.dtype == np.uint8
+        np.testing.assert_array_equal(mask, head()[1])
+        stored = nib.nifti1.Nifti1Image.from_filename(path)
+        assert isinstance(nifti_ref, nib.nifti1.Nifti1Image)
+        np.testing.assert_array_equal(nifti_ref.affine, stored.affine)
+        saved = nib.nifti1.Nifti1Image(mask, nifti_ref.affine, nifti_ref.header)
+        for field in ("qform_code", "sform_code", "pixdim", "srow_x", "quatern_b", "xyzt_units"):
+            np.testing.assert_array_equal(saved.header[field], stored.header[field])
+        np.testing.assert_allclose(nifti_ref.get_fdata(), stored.get_fdata())
+
+    def test_use_tta_runs_eight_views(self, model: Model) -> None:
+        volume, _ = head()
+        engine = WMHInferenceEngine(model, "cpu")
+        engine.predict_volume_probs(volume)
+        with_tta = len(model.net.seen_shapes)  # type: ignore[arg-type]
+        engine.predict_volume_probs(volume, use_tta=False)
+        assert with_tta == 8 * (len(model.net.seen_shapes) - with_tta)  # type: ignore[arg-type]
+
+    def test_accepts_a_bare_network_and_a_torch_device(self) -> None:
+        engine = WMHInferenceEngine(
+            model=BrightnessNet(structures=1), device=torch.device("cpu"), img_size=256
+        )
+        probability, reference = engine.predict_volume_probs(head()[0], use_tta=False)
+        assert probability.shape == reference.shape
+
+    def test_reference_of_a_volume_in_memory_or_of_nifti_2(
+        self, model: Model, tmp_path: Path
+    ) -> None:
+        engine = WMHInferenceEngine(model, "cpu")
+        volume, _ = head()
+        _, reference = engine.predict_volume_probs(volume, use_tta=False)
+        np.testing.assert_array_equal(reference.affine, volume.affine)
+        path = tmp_path / "two.nii.gz"
+        nib.nifti2.Nifti2Image(volume.data, volume.affine).to_filename(path)
+        _, reference = engine.predict_volume_probs(path, use_tta=False)
+        assert isinstance(reference, nib.nifti2.Nifti2Image)
+
+    def test_default_threshold_and_size(self, model: Model) -> None:
+        engine = WMHInferenceEngine(model, "cpu")
+        assert engine.apply_threshold(np.array([[[0.59, 0.61]]])).tolist() == [[[0, 1]]]
+        assert engine.cc_filter(np.array([[[1, 1, 0, 1, 1, 1]]])).tolist() == [[[0, 0, 0, 1, 1, 1]]]
+
+    def test_package_offers_the_same_names(self) -> None:
+        assert wmh_lora.segment is segment
+        assert wmh_lora.Volume is Volume
+        assert wmh_lora.Segmentation is Segmentation
+        assert set(wmh_lora.__all__) <= set(dir(wmh_lora))
+        with pytest.raises(AttributeError, match="no_such_name"):
+            _ = wmh_lora.no_such_name
+
+
+class TestSettings:
+    def test_come_from_the_model_unless_given(self) -> None:
+        volume, _ = head()
+        engine = WMHInferenceEngine(
+            brightness_model(threshold=0.25, min_voxels=5, tta="flip"), "cpu"
+        )
+        result = engine.segment(volume)
+        assert len(result.lesions) == 1
+        assert {key: result.settings[key] for key in ("threshold", "min_voxels", "tta")} == {
+            "threshold": 0.25,
+            "min_voxels": 5,
+            "tta": "flip",
+        }
+        assert result.settings["device"] == "cpu"
+        given = engine.segment(volume, threshold=0.5, min_voxels=0, tta="none")
+        assert len(given.lesions) == 2
+        assert given.settings["min_voxels"] == 0
+
+    @pytest.mark.parametrize("wrong", [{"threshold": 1.5}, {"min_voxels": -1}, {"tta": "all"}])
+    def test_out_of_range(self, model: Model, wrong: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            WMHInferenceEngine(model, "cpu").segment(head()[0], **wrong)
+
+
+class TestSegment:
+    def test_from_a_file(self, model: Model, tmp_path: Path) -> None:
+        result = segment(write_head(tmp_path / "sub-01_FLAIR.nii.gz"), model=model, device="cpu")
+        files = result.save(tmp_path / "out")
+        assert files.mask.name == "sub-01_space-orig_label-WMH_mask.nii.gz"
+        assert result.model["name"] == "brightness"
+
+    def test_repeats_what_the_reader_warned_about(self, model: Model) -> None:
+        volume, _ = head()
+        volume.data[:, :, 0] = np.nan
+        result = segment(volume, model=model, device="cpu")
+        assert len(result.warnings) == 1
+        assert "17 % of the voxels" in result.warnings[0]
+        assert len(result.lesions) == 2
+
+    def test_unreadable(self, model: Model, tmp_path: Path) -> None:
+        with pytest.raises(UnreadableImageError, match="does not exist"):
+            segment(tmp_path / "absent.nii.gz", model=model, device="cpu")
+
+    def test_library_use_prints_nothing(
+        self, model: Model, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        volume, _ = head()
+        volume.data[:, :, 0] = np.nan
+        handlers = list(LOGGER.handlers)
+        segment(volume, model=model, device="cpu")
+        assert capfd.readouterr() == ("", "")
+        assert LOGGER.handlers == handlers
+
+
+class TestDevices:
+    def test_auto_takes_what_there_is(self) -> None:
+        accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+        assert accelerated or choose_device() == torch.device("cpu")
+
+    @pytest.mark.parametrize("name", ["xyz", "meta", "cuda:99"])
+    def test_refuses_the_unknown_and_the_absent(self, name: str) -> None:
+        with pytest.raises(DeviceError, match=name.partition(":")[0]):
+            choose_device(name)
+
+    def test_prefers_cuda_to_mps(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert choose_device() == torch.device("mps")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert choose_device() == torch.device("cuda")
+
+    @pytest.mark.parametrize(
+        "error", [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to"), MemoryError()]
+    )
+    def test_memory_errors_become_a_sentence(self, error: Exception) -> None:
+        class Full(nn.Module):
+            def forward(self, slices: Tensor) -> Tensor:
+                raise error
+
+        with pytest.raises(DeviceError, match="enough memory"):
+            WMHInferenceEngine(Full(), "cpu").predict(head()[0])
+
+    def test_other_errors_stay_what_they_are(self) -> None:
+        class Broken(nn.Module):
+            def forward(self, slices: Tensor) -> Tensor:
+                raise RuntimeError("shapes do not fit")
+
+        with pytest.raises(RuntimeError, match="shapes do not fit"):
+            WMHInferenceEngine(Broken(), "cpu").predict(head()[0])

@@ -1,0 +1,58 @@
+"""Messages and progress go to stderr, and reports can repeat warnings."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from wmh_lora.logs import LOGGER, collect_warnings, configure_logging, progress_bar
+
+
+@pytest.fixture(autouse=True)
+def _restored_logger() -> Iterator[None]:
+    handlers, level = list(LOGGER.handlers), LOGGER.level
+    yield
+    LOGGER.handlers[:] = handlers
+    LOGGER.setLevel(level)
+
+
+def test_warnings_go_to_stderr_once(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging()
+    configure_logging()
+    LOGGER.warning("%s is odd", "sub-01")
+    LOGGER.info("detail")
+    assert capsys.readouterr() == ("", "warning: sub-01 is odd\n")
+
+
+def test_verbose_shows_information(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(verbose=True)
+    LOGGER.info("detail")
+    assert capsys.readouterr().err == "info: detail\n"
+
+
+def test_collects_warnings_of_a_block() -> None:
+    with collect_warnings() as messages:
+        logging.getLogger("wmh_lora").warning("first %d", 1)
+        LOGGER.info("not this")
+    LOGGER.warning("nor this")
+    assert messages == ["first 1"]
+
+
+def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar() as progress:
+        progress(1, 2, "scan")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_leaves_stdout_to_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress_bar(enabled=True) as progress:
+        progress(1, 2, "scan [1/2]")
+        sys.stdout.write("result\n")
+    assert capsys.readouterr().out == "result\n"

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from wmh_lora.errors import ConfigError, WMHError
+from wmh_lora.models.network import WMHNet
+from wmh_lora.training.checkpoint import checkpoint_paths, load_newest_checkpoint, trained_state
+from wmh_lora.training.trainer import Trainer, parameter_groups
+
+
+def _records(run_dir: Path) -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=lambda text: pytest.fail(text)) for line in lines]
+
+
+def _run_to(trainer: Trainer, step: int, **settings: Any) -> bool:
+    def stop(done: int, _loss: float) -> None:
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return trainer.run(on_step=stop, **settings)
+
+
+def _assert_same(first: Trainer, second: Trainer) -> None:
+    states = [trained_state(trainer.net) for trainer in (first, second)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all(torch.equal(first.average[name], second.average[name]) for name in first.average)
+    moments = [trainer.optimizer.state_dict()["state"] for trainer in (first, second)]
+    for key, state in moments[0].items():
+        assert all(torch.equal(value, moments[1][key][name]) for name, value in state.items())
+    assert first.samples_seen == second.samples_seen
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"workers": 0}, {"workers": 2, "ema_decay": 0.9}, {"precision": "bf16"}],
+    ids=["plain", "workers-average", "bf16"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    fakes: ModuleType, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    whole = fakes.tiny_trainer(tmp_path / "whole", **changes)
+    assert whole.run()
+    # Random numbers that something else draws between the two parts must not matter.
+    assert not _run_to(fakes.tiny_trainer(tmp_path / "parts", **changes), 5)
+    torch.rand(7)
+    resumed = fakes.tiny_trainer(tmp_path / "parts", **changes)
+    assert resumed.run(resume=True)
+    _assert_same(whole, resumed)
+    steps = [record["step"] for record in _records(tmp_path / "parts")]
+    assert steps == [record["step"] for record in _records(tmp_path / "whole")]
+
+
+def test_dropout_is_on_in_these_tests(fakes: ModuleType) -> None:
+    """Otherwise they would not notice a random state that is not restored."""
+    net = fakes.tiny_net().train()
+    images = torch.rand(1, 3, 32, 32)
+    assert not torch.equal(net(images), net(images))
+
+
+def test_a_killed_run_continues_as_if_nothing_had_happened(
+    fakes: ModuleType, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(fakes.__file__), str(tmp_path / "killed"), "12"]
+    folder = tmp_path / "killed" / "checkpoints"
+    with subprocess.Popen([*command, "0.05"], env=environment) as process:
+        deadline = time.monotonic() + 300
+        while not checkpoint_paths(folder) and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    stopped_at = load_newest_checkpoint(folder)
+    assert stopped_at is not None
+    assert 0 < stopped_at.step < 12
+    # A kill while a line is being written.
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 5, "kind": "tra')
+    subprocess.run([*command, "0", "--resume"], check=True, timeout=300, env=environment)
+
+    fakes.tiny_trainer(tmp_path / "whole").run()
+    expected = load_newest_checkpoint(tmp_path / "whole" / "checkpoints")
+    found = load_newest_checkpoint(folder)
+    assert expected is not None
+    assert found is not None
+    assert found.step == 12
+    assert all(torch.equal(expected.model[name], found.model[name]) for name in found.model)
+    train_steps = [r["step"] for r in _records(tmp_path / "killed") if r["kind"] == "train"]
+    assert train_steps == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_loss_goes_down_on_a_few_crops(fakes: ModuleType, tmp_path: Path) -> None:
+    trainer = fakes.tiny_trainer(
+        tmp_path, fakes.BlobStream(distinct=4), steps=80, accumulation=1, batch_size=4
+    )
+    losses: list[float] = []
+    trainer.run(on_step=lambda _step, loss: losses.append(loss))
+    assert np.mean(losses[-5:]) < 0.4 * np.mean(losses[:5])
+
+
+def test_what_is_recorded(fakes: ModuleType, tmp_path: Path) -> None:
+    fakes.tiny_trainer(tmp_path).run()
+    record = _records(tmp_path)[-1]
+    assert record["step"] == 12
+    for name in ("loss", "focal", "dice", "grad_norm", "lr_lora", "seconds", "samples_per_s"):
+        assert math.isfinite(record[name])
+    assert 0 <= record["data_wait"] <= 1
+
+
+def test_every_sample_is_used_once_in_order(fakes: ModuleType, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    class Recorder(fakes.BlobStream):  # type: ignore[misc,name-defined]
+        def item(self, index: int) -> Any:
+            asked.append(index)
+            return super().item(index)
+
+    _run_to(fakes.tiny_trainer(tmp_path, Recorder()), 3)
+    fakes.tiny_trainer(tmp_path, Recorder()).run(resume=True)
+    assert asked == list(range(12 * 4))
+
+
+class _Scores:
+    """Validation whose score is given; notes the weights and the mode it meets."""
+
+    def __init__(self, *scores: float) -> None:
+        self.scores = list(scores)
+        self.weights: list[torch.Tensor] = []
+
+    def __call__(self, net: WMHNet) -> Iterator[Mapping[str, Any]]:
+        assert not net.training
+        torch.rand(3)
+        self.weights.append(net.get_parameter("encoder.proj.lora_A.weight").detach().clone())
+        yield {"case": "ill", "score": self.scores.pop(0)}
+        yield {"case": "healthy", "false_positive_ml": 0.5}
+
+
+def test_the_best_model_is_kept(fakes: ModuleType, tmp_path: Path) -> None:
+    saved: list[tuple[str, int]] = []
+    trainer = fakes.tiny_trainer(tmp_path)
+    trainer.validate = _Scores(0.3, 0.7, 0.6)
+    trainer.save_model = lambda _net, path, data: saved.append((path.stem, data["step"]))
+    trainer.run()
+    assert [step for name, step in saved if name == "best"] == [4, 8]
+    assert saved[-1] == ("last", 12)
+    means = [r for r in _records(tmp_path) if r["kind"] == "validation_mean"]
+    assert [(r["step"], r["score"], r["best_step"]) for r in means] == [
+        (4, 0.3, 4),
+        (8, 0.7, 8),
+        (12, 0.6, 8),
+    ]
+
+
+def test_an_undefined_score_is_null_and_never_the_best(fakes: ModuleType, tmp_path: Path) -> None:
+    trainer = fakes.tiny_trainer(tmp_path, steps=4)
+    trainer.validate = _Scores(math.nan)
+    trainer.run()
+    assert _records(tmp_path)[-1]["score"] is None
+    assert trainer.best_step == -1
+
+
+def test_a_validation_that_a_signal_cut_short_is_done_on_resuming(
+    fakes: ModuleType, tmp_path: Path
+) -> None:
+    def interrupted(net: WMHNet) -> Iterator[Mapping[str, Any]]:
+        yield {"case": "first", "score": 0.5}
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield {"case": "second", "score": 0.5}
+
+    trainer = fakes.tiny_trainer(tmp_path, steps=4)
+    trainer.validate = interrupted
+    trainer.run()
+    resumed = fakes.tiny_trainer(tmp_path, steps=4)
+    resumed.validate = _Scores(0.5)
+    assert resumed.run(resume=True)
+    cases = [record.get("case") for record in _records(tmp_path) if record["kind"] == "validation"]
+    assert cases == ["ill", "healthy"]
+
+
+def test_validation_sees_averaged_weights_and_does_not_disturb(
+    fakes: ModuleType, tmp_path: Path
+) -> None:
+    plain = fakes.tiny_trainer(tmp_path / "plain", ema_decay=0.9)
+    plain.run()
+    validated = fakes.tiny_trainer(tmp_path / "validated", ema_decay=0.9)
+    scores = validated.validate = _Scores(0.1, 0.2, 0.3)
+    validated.run()
+    average = validated.average["encoder.proj.lora_A.weight"]
+    assert torch.equal(scores.weights[-1], average)
+    assert not torch.equal(validated.net.get_parameter("encoder.proj.lora_A.weight"), average)
+    assert validated.net.training
+
+
+def test_validation_may_draw_random_numbers(fakes: ModuleType, tmp_path: Path) -> None:
+    plain = fakes.tiny_trainer(tmp_path / "plain")
+    plain.run()
+    validated = fakes.tiny_trainer(tmp_path / "validated")
+    validated.validate = _Scores(0.1, 0.2, 0.3)
+    validated.run()
+    _assert_same(plain, validated)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(fakes: ModuleType, tmp_path: Path) -> None:
+    fakes.tiny_trainer(tmp_path, steps=1).run()
+    with pytest.raises(ConfigError, match="--resume"):
+        fakes.tiny_trainer(tmp_path, steps=1).run()
+
+
+def test_a_finished_run_resumes_to_nothing(fakes: ModuleType, tmp_path: Path) -> None:
+    first = fakes.tiny_trainer(tmp_path, steps=2)
+    first.run()
+    again = fakes.tiny_trainer(tmp_path, steps=2)
+    assert again.run(resume=True)
+    _assert_same(first, again)
+
+
+def test_learning_rates_may_change_on_resuming(fakes: ModuleType, tmp_path: Path) -> None:
+    _run_to(fakes.tiny_trainer(tmp_path), 4)
+    resumed = fakes.tiny_trainer(tmp_path, lora_lr=5e-4)
+    resumed.run(resume=True)
+    assert resumed.optimizer.param_groups[0]["peak_lr"] == 5e-4
+
+
+def test_a_loss_that_stays_non_finite_ends_the_run(fakes: ModuleType, tmp_path: Path) -> None:
+    class Broken(fakes.BlobStream):  # type: ignore[misc,name-defined]
+        def item(self, index: int) -> Any:
+            return super().item(index)._replace(image=np.full((3, 32, 32), np.nan, np.float32))
+
+    trainer = fakes.tiny_trainer(tmp_path, Broken(), steps=50, accumulation=1)
+    before = {name: p.detach().clone() for name, p in trainer.net.named_parameters()}
+    with pytest.raises(WMHError, match="not finite in 20 steps"):
+        trainer.run()
+    assert all(torch.equal(before[name], p) for name, p in trainer.net.named_parameters())
+
+
+def test_parameter_groups(fakes: ModuleType) -> None:
+    net = fakes.tiny_net()
+    config = fakes.tiny_config(lora_lr=1e-4, adapter_lr=2e-4, decoder_lr=3e-4)
+    groups = parameter_groups(net, config)
+    counted = sum(len(group["params"]) for group in groups)
+    assert counted == sum(p.requires_grad for p in net.parameters())
+    rates = {group["name"]: group["peak_lr"] for group in groups}
+    assert rates == {"lora": 1e-4, "adapter": 2e-4, "decoder": 3e-4}
+    for group in groups:
+        decayed = group["weight_decay"] > 0
+        assert all((p.ndim >= 2) == decayed for p in group["params"])
+    names = {id(p): name for name, p in net.named_parameters()}
+    lora = [names[id(p)] for group in groups[:2] for p in group["params"]]
+    assert sorted(lora) == ["encoder.proj.lora_A.weight", "encoder.proj.lora_B.weight"]
