@@ -49,8 +49,9 @@ format: install ## format the code and apply the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-train: install ## train the packaged model again (configs/v1.toml)
-	$(BIN)/wmh-lora train configs/v1.toml
+train: install ## train the packaged model again: make train DATA=folder
+	@test -n "$(DATA)" || { echo "name the folder of the training data: make train DATA=../shared/data" >&2; exit 2; }
+	$(BIN)/wmh-lora train configs/v1.toml --set data.root="$(DATA)" -o runs/v1
 
 clean: ## remove build products, caches and the demo's output; keep .venv and runs
 	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
+import nrrd
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -97,6 +98,29 @@ class TestOneScan:
         assert report["settings"]["threshold"] == 0.4
         assert report["model"]["name"] == "brightness"
         assert str(tmp_path) not in text
+
+    def test_other_formats(self, tmp_path: Path, run: Run) -> None:
+        volume, reference = head()
+        nib.freesurfer.mghformat.MGHImage(volume.data, volume.affine).to_filename(
+            tmp_path / "a.mgz"
+        )
+        directions = volume.affine[:3, :3] * [[-1.0], [-1.0], [1.0]]  # RAS to LPS
+        origin = volume.affine[:3, 3] * [-1.0, -1.0, 1.0]
+        nrrd.write(
+            str(tmp_path / "b.nrrd"),
+            volume.data,
+            {
+                "space": "left-posterior-superior",
+                "space directions": directions.T,
+                "space origin": origin,
+            },
+        )
+        assert run("a.mgz", "b.nrrd").exit_code == 0
+        for stem in "ab":
+            name = f"{stem}_space-orig_label-WMH_mask.nii.gz"
+            mask = Volume.read(tmp_path / "out" / name)
+            np.testing.assert_array_equal(mask.data, reference)
+            np.testing.assert_allclose(mask.affine, volume.affine)
 
     def test_picture_can_be_opened(self, tmp_path: Path, run: Run) -> None:
         write_head(tmp_path / "a.nii.gz")

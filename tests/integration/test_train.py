@@ -71,6 +71,9 @@ class _Sample(NamedTuple):
 
 
 class _Stream:
+    def files(self) -> list[Path]:
+        return []
+
     def item(self, index: int) -> _Sample:
         rng = np.random.default_rng(index)
         image = rng.random((3, 32, 32), dtype=np.float32)

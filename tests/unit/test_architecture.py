@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("assets.*", 0),
     ("config", 1),
     ("volume*", 1),
+    ("view", 2),
     ("preprocess*", 2),
     ("postprocess*", 2),
     ("engine*", 4),

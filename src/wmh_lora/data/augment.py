@@ -77,14 +77,7 @@ def augment_crop(
     image : array (C, size, size) float32
     target : array (n, size, size) float32
     """
-    wander = 0.35 * size
-    centre = centre + rng.uniform(-wander, wander, 2)
-    # keep the crop on the picture; small pictures sit in its middle
-    half = size / 2
-    limits = np.array(image.shape[1:], dtype=np.float64)
-    centre = np.where(
-        limits <= size, limits / 2, np.clip(centre, half, np.maximum(limits - half, half))
-    )
+    centre = _place(rng, centre, image.shape[1:], size)
     if real:
         angle = np.deg2rad(uniform(rng, -15.0, 15.0))
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -99,18 +92,39 @@ def augment_crop(
         stack = np.rot90(stack, int(rng.integers(1, 4)), axes=(1, 2))
         if rng.random() < 0.5:
             stack = stack[:, ::-1]
-    channels = len(image)
-    picture, labels = stack[:channels], stack[channels:]
+    picture, labels = stack[: len(image)], stack[len(image) :]
+    picture = _vary(rng, picture)
+    return np.ascontiguousarray(picture, np.float32), np.ascontiguousarray(labels, np.float32)
+
+
+def _place(
+    rng: np.random.Generator,
+    centre: npt.NDArray[np.float64],
+    shape: tuple[int, ...],
+    size: int,
+) -> npt.NDArray[np.float64]:
+    """Move a crop's centre about, and back until the crop lies on the picture."""
+    wander = 0.35 * size
+    centre = centre + rng.uniform(-wander, wander, 2)
+    half = size / 2
+    limits = np.array(shape, dtype=np.float64)
+    # small pictures sit in the middle of their crop
+    return np.where(
+        limits <= size, limits / 2, np.clip(centre, half, np.maximum(limits - half, half))
+    )
+
+
+def _vary(rng: np.random.Generator, picture: FloatArray) -> FloatArray:
+    """Blur now and then, take or reverse neighbours, and scale the intensity of (C, h, w)."""
     if rng.random() < 0.2:
         sigma = uniform(rng, 0.2, 0.8)
         picture = ndimage.gaussian_filter(picture, (0.0, sigma, sigma))
     if rng.random() < 0.15:  # a scan of few slices has no true neighbours
-        picture = np.repeat(picture[channels // 2][None], channels, axis=0)
+        picture = np.repeat(picture[len(picture) // 2][None], len(picture), axis=0)
     elif rng.random() < 0.3:
         picture = picture[::-1]
     # what is left of intensity error after normalisation
-    picture = np.clip(picture * np.exp(rng.normal(0.0, 0.1)), 0.0, 1.0)
-    return np.ascontiguousarray(picture, np.float32), np.ascontiguousarray(labels, np.float32)
+    return np.clip(picture * np.exp(rng.normal(0.0, 0.1)), 0.0, 1.0)
 
 
 def _cut(plane: FloatArray, centre: npt.NDArray[np.float64], size: int) -> FloatArray:

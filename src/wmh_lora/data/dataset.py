@@ -142,6 +142,16 @@ class TrainingStream:
         rng = np.random.default_rng([self.seed, 1, index])
         return self._crop(rng, scan)
 
+    def files(self) -> list[Path]:
+        """List every file that samples are made from, for the record of a run."""
+        paths = list(self._label_maps)
+        if self.config.lesion_masks:
+            folder = self._path(self.config.lesion_masks)
+            paths += MaskBank.paths(folder, self.config.exclude_masks)
+        for case in self._real_cases:
+            paths += case.files
+        return paths
+
     def prepare(self) -> None:
         """Read every source once, before workers start; registers anatomies where needed."""
         _ = self._anatomies, self._bank, self._real_cases
@@ -192,17 +202,24 @@ class TrainingStream:
         return Sample(image, target, scan.valid)
 
     @cached_property
-    def _anatomies(self) -> list[Path]:
-        """Registered whole heads, as files: workers load the one that they need."""
+    def _label_maps(self) -> list[Path]:
         if not self.config.labelmaps:
             return []
-        sources = sorted(self._path(self.config.labelmaps).glob("*.nii.gz"))
+        folder = self._path(self.config.labelmaps)
+        sources = sorted(folder.glob("*.nii.gz"))
         if not sources:
-            raise DataError(f"{self._path(self.config.labelmaps)}: no label map (*.nii.gz) there.")
+            raise DataError(f"{folder}: no label map (*.nii.gz) there.")
+        return sources
+
+    @cached_property
+    def _anatomies(self) -> list[Path]:
+        """Registered whole heads, as files: workers load the one that they need."""
+        if not self._label_maps:
+            return []
         cache = Path(self.config.cache)
         cache.mkdir(parents=True, exist_ok=True)
         files = []
-        for source in sources:
+        for source in self._label_maps:
             target = cache / (source.name.split(".")[0] + ".npz")
             if not target.exists():
                 head_anatomy(source).save(target)
@@ -229,13 +246,14 @@ class TrainingStream:
         subject = image.name.split("_")[0]
         folder = root / "derivatives" / "manual" / subject / "anat"
         labels = {"wmh": "WMH", "ventricles": "ventricles", "brain": "brain"}
-        masks = {}
+        masks, files = {}, [image]
         for name, label in labels.items():
             path = folder / f"{subject}_space-orig_label-{label}_mask.nii.gz"
             if path.exists():
                 mask = Volume.read(path, allow_constant=True)
                 masks[name] = (mask.data > 0).astype(np.float32)
-        return Case(Volume.read(image), masks)
+                files.append(path)
+        return Case(Volume.read(image), masks, tuple(files))
 
     def _path(self, path: str) -> Path:
         return Path(self.config.root).expanduser() / path

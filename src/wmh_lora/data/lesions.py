@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from wmh_lora.data.anatomy import Tissue
 from wmh_lora.data.fields import FloatArray, log_uniform, smooth_field, uniform, upsample
+from wmh_lora.errors import DataError
 
 LabelArray = npt.NDArray[np.uint8]
 
@@ -50,13 +51,20 @@ class MaskBank:
 
     @classmethod
     def read(cls, folder: Path, exclude: tuple[str, ...] = ()) -> MaskBank:
-        """Read every ``*_mask.nii.gz`` of a folder but the subjects excluded by name."""
-        paths = [
-            p for p in sorted(folder.glob("*_mask.nii.gz")) if p.name.split("_")[0] not in exclude
-        ]
+        """Read the masks of a folder, see :meth:`paths`; DataError if there is none."""
+        paths = cls.paths(folder, exclude)
+        if not paths:
+            raise DataError(f"{folder}: no lesion mask (*_mask.nii.gz) there.")
         images = [nib.Nifti1Image.from_filename(p) for p in paths]
         masks = tuple(np.asarray(image.dataobj) > 0 for image in images)
         return cls(masks, np.linalg.inv(images[0].affine))
+
+    @staticmethod
+    def paths(folder: Path, exclude: tuple[str, ...] = ()) -> list[Path]:
+        """List every ``*_mask.nii.gz`` of a folder but those of the subjects excluded by name."""
+        return [
+            p for p in sorted(folder.glob("*_mask.nii.gz")) if p.name.split("_")[0] not in exclude
+        ]
 
     def draw(
         self, rng: np.random.Generator, to_mni_mm: FloatArray, shape: tuple[int, int, int]

@@ -19,6 +19,9 @@ LabelArray = npt.NDArray[np.uint8]
 LESION_CONTRAST = (1.08, 2.2)
 """Brightness of lesions over the white matter around them; 1.3-1.75 is typical of real scans."""
 
+TYPICAL_LESION_CONTRAST = 1.25
+"""The lowest mean brightness of one subject's lesions; single ones reach the range's end."""
+
 _FLUID = (Tissue.CSF, Tissue.VENTRICLE)
 
 
@@ -61,7 +64,12 @@ def paint(
     _normal_rims(rng, image, tissue, distance_mm)
     _look_alikes_in_fluid(rng, image, tissue)
     _outside_the_brain(rng, image, tissue)
-    return _add_lesions(rng, image, lesions)
+    low, high = LESION_CONTRAST
+    typical = log_uniform(rng, TYPICAL_LESION_CONTRAST - 1.0, high - 1.0)
+    # readers call a lesion what stands out among the subject's own lesions
+    faintest = max(low - 1.0 + 0.02, 0.4 * typical)
+    _dirty_white_matter(rng, image, tissue, faintest)
+    return _add_lesions(rng, image, lesions, typical, faintest)
 
 
 def tissue_contrast(rng: np.random.Generator) -> FloatArray:
@@ -105,6 +113,18 @@ def _normal_rims(
         image += np.where(white, strength * np.exp(-distance_mm / reach_mm), 0.0)
 
 
+def _dirty_white_matter(
+    rng: np.random.Generator, image: FloatArray, tissue: LabelArray, faintest: float
+) -> None:
+    """Brighten patches of white matter by less than the faintest lesion: never labelled."""
+    if rng.random() < 0.4:
+        return
+    shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
+    patches = np.clip(smooth_field(rng, shape, uniform(rng, 5.0, 18.0)) - 0.4, 0.0, 1.0)
+    strength = uniform(rng, 0.2, 0.9) * faintest
+    image += np.where(tissue == Tissue.WHITE_MATTER, strength * patches, 0.0)
+
+
 def _look_alikes_in_fluid(rng: np.random.Generator, image: FloatArray, tissue: LabelArray) -> None:
     """Brighten parts of fluid that are no lesions: choroid plexus, flow artefacts, vessels."""
     shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
@@ -137,21 +157,26 @@ def _outside_the_brain(rng: np.random.Generator, image: FloatArray, tissue: Labe
 
 
 def _add_lesions(
-    rng: np.random.Generator, image: FloatArray, lesions: FloatArray
+    rng: np.random.Generator,
+    image: FloatArray,
+    lesions: FloatArray,
+    typical: float,
+    faintest: float,
 ) -> tuple[FloatArray, FloatArray]:
-    """Blend lesions in with soft borders and uneven brightness; return image and reference."""
+    """Blend lesions in with soft borders and uneven brightness; return image and reference.
+
+    ``typical`` and ``faintest`` are excesses over white matter; what is fainter stays unlabelled.
+    """
     if not lesions.any():
         return image, lesions
     shape = (image.shape[0], image.shape[1], image.shape[2])
-    low, high = LESION_CONTRAST
-    typical = log_uniform(rng, low - 1.0 + 0.09, high - 1.0)
     between = np.exp(uniform(rng, 0.1, 0.4) * smooth_field(rng, shape, uniform(rng, 6.0, 14.0)))
     within = 1.0 + uniform(rng, 0.0, 0.2) * smooth_field(rng, shape, 2.5)
-    excess = np.clip(typical * between * within, 0.0, high - 1.0 + 0.3)
+    excess = np.clip(typical * between * within, 0.0, LESION_CONTRAST[1] - 1.0 + 0.3)
     profile = ndimage.gaussian_filter(lesions, uniform(rng, 0.4, 1.3))
     # small foci lose height in the blur: give back part of what a scanner would still show
     bright = image + excess * profile
     if rng.random() < 0.3:  # grey matter hosts are no brighter for being lesions twice over
         bright = np.maximum(image, np.minimum(bright, 1.0 + excess))
-    visible = (profile > 0.5) & (excess > low - 1.0 + 0.02)
+    visible = (profile > 0.5) & (excess > faintest)
     return bright.astype(np.float32), visible.astype(np.float32)

@@ -7,6 +7,7 @@ from the generator that it is handed, so a seed makes the same scan again.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +35,13 @@ class Case:
         The scan.
     masks
         Structure name to (I, J, K) float32 in [0, 1]; a structure that nobody drew is absent.
+    files
+        Where they were read from; empty for synthetic scans.
     """
 
     volume: Volume
     masks: dict[str, FloatArray]
+    files: tuple[Path, ...] = ()
 
 
 def synthesize(rng: np.random.Generator, anatomy: Anatomy, bank: MaskBank | None) -> Case:

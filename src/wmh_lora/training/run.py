@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from wmh_lora.training.settings import RunConfig
 from wmh_lora.training.trainer import Trainer
 from wmh_lora.training.validate import Validator, validation_files
 
-__all__ = ["train"]
+__all__ = ["read_run_folder", "train"]
 
 _log = logging.getLogger("wmh_lora")
 
@@ -46,7 +46,7 @@ def train(
     config
         The whole configuration.
     run_dir
-        Folder of the run: ``config.json``, ``environment.json``, ``data.json`` (validation files
+        Folder of the run: ``config.json``, ``environment.json``, ``data.json`` (every file used
         with SHA-256), ``metrics.jsonl``, ``checkpoints/``, ``best.safetensors`` and
         ``last.safetensors``.
     resume
@@ -73,7 +73,7 @@ def train(
     stream = build_stream(
         config.data, settings.seed, settings.crop, config.preprocess, config.model.structures
     )
-    _prepare_folder(config, run_dir, resume)
+    _prepare_folder(config, run_dir, resume, stream.files())
     trainer = Trainer(
         net,
         SegmentationLoss(config.model.structures, config.loss),
@@ -116,7 +116,9 @@ def _save_model(
     save_model(path, net, card)
 
 
-def _prepare_folder(config: RunConfig, run_dir: Path, resume: bool) -> None:
+def _prepare_folder(
+    config: RunConfig, run_dir: Path, resume: bool, training_files: Sequence[Path]
+) -> None:
     """Write what the run depends on; on resuming, compare with what it began with."""
     if checkpoint_paths(run_dir / "checkpoints"):
         if not resume:
@@ -137,8 +139,11 @@ def _prepare_folder(config: RunConfig, run_dir: Path, resume: bool) -> None:
             "torch_threads": torch.get_num_threads(),
         },
     )
-    files = validation_files(config)
-    _write_json(run_dir / "data.json", {"validation": {str(p): file_sha256(p) for p in files}})
+    parts = {"training": training_files, "validation": validation_files(config)}
+    _write_json(
+        run_dir / "data.json",
+        {name: {str(p): file_sha256(p) for p in paths} for name, paths in parts.items()},
+    )
 
 
 def _compare(before: RunConfig, now: RunConfig, run_dir: Path) -> None:

@@ -79,6 +79,15 @@ def test_samples_have_the_network_s_shape_and_say_what_is_labelled(stream: Train
             assert sample.image[1][lesion].mean() > sample.image[1][brain].mean()
 
 
+def test_every_source_file_is_listed(stream: TrainingStream, tmp_path: Path) -> None:
+    manual = tmp_path / "derivatives" / "manual" / "sub-01" / "anat"
+    assert set(stream.files()) == {
+        tmp_path / "sub-01" / "anat" / "sub-01_FLAIR.nii.gz",
+        manual / "sub-01_space-orig_label-WMH_mask.nii.gz",
+        manual / "sub-01_space-orig_label-brain_mask.nii.gz",
+    }
+
+
 def test_lanes_change_scans_at_different_times() -> None:
     stream = TrainingStream(
         DataConfig(lanes=4, crops_per_scan=8), 0, 32, PreprocessConfig(), STRUCTURES

