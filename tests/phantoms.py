@@ -29,7 +29,9 @@ class BrightnessNet(nn.Module):
     def forward(self, slices: Tensor) -> Tensor:
         self.seen_shapes.append(tuple(slices.shape))
         logits = 40.0 * (slices[:, 1:2] - self.level)
-        others = torch.full_like(logits, -9.0).expand(-1, self.structures - 1, -1, -1)
+        # ventricles nowhere, brain everywhere
+        others = torch.tensor([-20.0, 20.0])[: self.structures - 1, None, None]
+        others = others.expand(len(logits), -1, *logits.shape[-2:])
         return torch.cat([logits, others], dim=1)
 
 

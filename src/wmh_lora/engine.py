@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from wmh_lora.config import InferenceConfig, PreprocessConfig, TtaMode, from_dict
 from wmh_lora.errors import DeviceError
 from wmh_lora.logs import LOGGER, collect_warnings
+from wmh_lora.models.network import lesion_probability
 from wmh_lora.models.registry import Model, load_model
 from wmh_lora.postprocess import apply_threshold, describe_lesions, remove_small_components
 from wmh_lora.preprocess import Prepared, context_stack, preprocess, restore
@@ -42,7 +43,6 @@ __all__ = [
 #: Called with (steps done, steps in all); a step is one slice in one view.
 ProgressCallback = Callable[[int, int], None]
 
-_TARGET_STRUCTURE = "wmh"
 # Views are (quarter turns, mirrored first). The flips are members of the dihedral group: two
 # quarter turns and a left-right mirror make an anterior-posterior mirror.
 _VIEWS: Mapping[TtaMode, tuple[tuple[int, bool], ...]] = {
@@ -144,13 +144,13 @@ class WMHInferenceEngine:
         self.img_size = img_size
         self.model_description: dict[str, str] = {}
         self._preprocess, self._inference = PreprocessConfig(), InferenceConfig()
-        self._output_channel = 0
+        self._structures: tuple[str, ...] = ("wmh",)
         net: nn.Module
         if isinstance(model, Model):
             net, card = model.net, model.card
             self.model_description = model.describe()
             self._preprocess, self._inference = card.preprocess, card.inference
-            self._output_channel = card.model.structures.index(_TARGET_STRUCTURE)
+            self._structures = card.model.structures
         else:
             net = model
             self.model_description = {"name": type(model).__name__}
@@ -291,8 +291,9 @@ class WMHInferenceEngine:
             slices = torch.from_numpy(context_stack(prepared, indices)).to(self.device)
             summed = torch.zeros((), device=self.device)
             for turns, mirrored in views:
-                logits = self._net(_turn(slices, turns, mirrored))[:, self._output_channel]
-                summed = summed + _turn_back(torch.sigmoid(logits), turns, mirrored)
+                logits = self._net(_turn(slices, turns, mirrored))
+                view = lesion_probability(logits, self._structures)
+                summed = summed + _turn_back(view, turns, mirrored)
                 done += len(indices)
                 if progress is not None:
                     progress(done, total)

@@ -124,7 +124,7 @@ def _vary(rng: np.random.Generator, picture: FloatArray) -> FloatArray:
     elif rng.random() < 0.3:
         picture = picture[::-1]
     # what is left of intensity error after normalisation
-    return np.clip(picture * np.exp(rng.normal(0.0, 0.1)), 0.0, 1.0)
+    return np.asarray(np.clip(picture * np.exp(rng.normal(0.0, 0.1)), 0.0, 1.0))
 
 
 def _cut(plane: FloatArray, centre: npt.NDArray[np.float64], size: int) -> FloatArray:

@@ -19,7 +19,7 @@ LabelArray = npt.NDArray[np.uint8]
 LESION_CONTRAST = (1.08, 2.2)
 """Brightness of lesions over the white matter around them; 1.3-1.75 is typical of real scans."""
 
-TYPICAL_LESION_CONTRAST = 1.25
+TYPICAL_LESION_CONTRAST = 1.3
 """The lowest mean brightness of one subject's lesions; single ones reach the range's end."""
 
 _FLUID = (Tissue.CSF, Tissue.VENTRICLE)
@@ -67,7 +67,7 @@ def paint(
     low, high = LESION_CONTRAST
     typical = log_uniform(rng, TYPICAL_LESION_CONTRAST - 1.0, high - 1.0)
     # readers call a lesion what stands out among the subject's own lesions
-    faintest = max(low - 1.0 + 0.02, 0.4 * typical)
+    faintest = max(low - 1.0 + 0.04, 0.5 * typical)
     _dirty_white_matter(rng, image, tissue, faintest)
     return _add_lesions(rng, image, lesions, typical, faintest)
 
@@ -101,15 +101,13 @@ def _normal_rims(
     """Brighten thin ependymal rims and a haze behind the horns: normal, hence never labelled."""
     shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
     white = tissue == Tissue.WHITE_MATTER
-    if rng.random() < 0.6:
-        strength = uniform(rng, 0.05, 0.4) * np.clip(0.6 + smooth_field(rng, shape, 15.0), 0.0, 1.5)
-        rim = white & (distance_mm < uniform(rng, 0.8, 1.9))
+    if rng.random() < 0.5:
+        strength = uniform(rng, 0.05, 0.3) * np.clip(0.6 + smooth_field(rng, shape, 15.0), 0.0, 1.5)
+        rim = white & (distance_mm < uniform(rng, 0.7, 1.5))
         image += np.where(rim, strength, 0.0)
     if rng.random() < 0.5:
         reach_mm = uniform(rng, 4.0, 14.0)
-        strength = uniform(rng, 0.02, 0.14) * np.clip(
-            0.5 + smooth_field(rng, shape, 25.0), 0.0, 1.5
-        )
+        strength = uniform(rng, 0.03, 0.2) * np.clip(0.5 + smooth_field(rng, shape, 25.0), 0.0, 1.5)
         image += np.where(white, strength * np.exp(-distance_mm / reach_mm), 0.0)
 
 
@@ -117,11 +115,11 @@ def _dirty_white_matter(
     rng: np.random.Generator, image: FloatArray, tissue: LabelArray, faintest: float
 ) -> None:
     """Brighten patches of white matter by less than the faintest lesion: never labelled."""
-    if rng.random() < 0.4:
+    if rng.random() < 0.25:
         return
     shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
-    patches = np.clip(smooth_field(rng, shape, uniform(rng, 5.0, 18.0)) - 0.4, 0.0, 1.0)
-    strength = uniform(rng, 0.2, 0.9) * faintest
+    patches = np.clip(smooth_field(rng, shape, uniform(rng, 6.0, 18.0)) - 0.2, 0.0, 1.0)
+    strength = uniform(rng, 0.4, 1.1) * faintest
     image += np.where(tissue == Tissue.WHITE_MATTER, strength * patches, 0.0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -19,7 +19,7 @@ from wmh_lora.models.lora import add_lora
 from wmh_lora.models.tiny_vit import TinyViT, load_litemedsam
 
 __all__ = ["ENCODERS", "EncoderSpec", "PyramidEncoder", "WMHNet", "build_network"]
-__all__ += ["fuse_for_inference"]
+__all__ += ["fuse_for_inference", "lesion_probability"]
 
 
 class PyramidEncoder(Protocol):
@@ -46,6 +46,26 @@ ENCODERS = {"litemedsam": EncoderSpec(build=TinyViT, load=load_litemedsam)}
 # which fills about half of a cropped slice. Any other structure counts as rare.
 _COMMON = {"brain": 0.0}
 _RARE = -2.5
+
+
+def lesion_probability(logits: Tensor, structures: Sequence[str]) -> Tensor:
+    """Turn logits (B, n, H, W) into the probability of lesion (B, H, W).
+
+    A network that also knows the brain says how likely a pixel is lesion *and* brain, the product
+    of the two: fat of the orbit and scalp is as bright as lesions, but not brain.
+
+    Examples
+    --------
+    >>> logits = torch.tensor([4.0, -4.0]).reshape(1, 2, 1, 1)
+    >>> round(lesion_probability(logits, ["wmh"]).item(), 3)
+    0.982
+    >>> round(lesion_probability(logits, ["wmh", "brain"]).item(), 3)
+    0.018
+    """
+    probability = torch.sigmoid(logits[:, structures.index("wmh")].float())
+    if "brain" in structures:
+        probability = probability * torch.sigmoid(logits[:, structures.index("brain")].float())
+    return probability
 
 
 class WMHNet(nn.Module):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from wmh_lora.errors import GridMismatchError
-from wmh_lora.preprocess import View, choose_view
+from wmh_lora.view import View, choose_view
 from wmh_lora.volume import Volume
 
 __all__ = ["choose_slices", "montage"]

@@ -17,6 +17,7 @@ from torch import nn
 from wmh_lora.errors import ConfigError, GridMismatchError
 from wmh_lora.evaluation.metrics import dice
 from wmh_lora.files import image_stem
+from wmh_lora.models.network import lesion_probability
 from wmh_lora.preprocess import Prepared, context_stack, preprocess, restore, to_model_grid
 from wmh_lora.training.settings import RunConfig, ValidationCase
 from wmh_lora.volume import Volume
@@ -56,7 +57,6 @@ class Validator:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.channel = config.model.structures.index("wmh")
         self._cases: list[_LoadedCase] | None = None
         for path in validation_files(config):
             if not path.is_file():
@@ -77,7 +77,7 @@ class Validator:
         for case in self._cases:
             started = time.monotonic()
             probability = predict_probability(
-                net, case.prepared, batch, stride=case.stride, channel=self.channel
+                net, case.prepared, batch, self.config.model.structures, stride=case.stride
             )
             if case.stride == 1:
                 probability = restore(probability, case.prepared)
@@ -92,9 +92,14 @@ def validation_files(config: RunConfig) -> list[Path]:
 
 
 def predict_probability(
-    net: nn.Module, prepared: Prepared, batch: int, *, stride: int = 1, channel: int = 0
+    net: nn.Module,
+    prepared: Prepared,
+    batch: int,
+    structures: Sequence[str] = ("wmh",),
+    *,
+    stride: int = 1,
 ) -> FloatArray:
-    """Probability of one structure on every ``stride``-th slice of a prepared scan.
+    """Probability of lesion on every ``stride``-th slice of a prepared scan.
 
     Parameters
     ----------
@@ -104,10 +109,10 @@ def predict_probability(
         Scan on the grid of the network.
     batch
         Slices in one forward pass.
+    structures
+        Meaning of the network's outputs.
     stride
         Slices 0, ``stride``, 2 ``stride``, ... are predicted.
-    channel
-        Index of the structure.
 
     Returns
     -------
@@ -121,7 +126,7 @@ def predict_probability(
             stack = context_stack(prepared, indices[first : first + batch])
             output = net(torch.from_numpy(np.ascontiguousarray(stack)))
             logits = output if isinstance(output, torch.Tensor) else output[0]
-            planes.append(torch.sigmoid(logits[:, channel].float()).numpy())
+            planes.append(lesion_probability(logits, structures).numpy())
     return np.concatenate(planes).astype(np.float32, copy=False)
 
 

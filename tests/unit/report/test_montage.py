@@ -8,9 +8,9 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from numpy.typing import NDArray
 
 from wmh_lora.errors import GridMismatchError
-from wmh_lora.preprocess import choose_view
 from wmh_lora.report import montage as module
 from wmh_lora.report.montage import BAR_PX, choose_slices, montage
+from wmh_lora.view import choose_view
 from wmh_lora.volume import Volume
 
 SPACING = (1.0, 1.0, 5.0)

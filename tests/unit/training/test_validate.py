@@ -34,7 +34,7 @@ def volume(rng: np.random.Generator) -> Volume:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_every_slice_is_predicted_once(volume: Volume, stride: int, batch: int) -> None:
     prepared = preprocess(volume, PreprocessConfig())
-    found = predict_probability(_Centre(), prepared, batch, stride=stride, channel=1)
+    found = predict_probability(_Centre(), prepared, batch, ("ventricles", "wmh"), stride=stride)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, prepared.slices[::stride], atol=1e-5)
 
