@@ -41,6 +41,8 @@ def train(
     # Must be set before torch is loaded. Threads that spin while they wait take the processor from
     # those that they wait for: measured 4 times slower beside one other busy process.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # NumPy's products are made by the workers that draw samples, which get one core each.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from wmh_lora.logs import configure_logging, progress_bar
     from wmh_lora.training.run import train as run_training
     from wmh_lora.training.settings import read_run_config

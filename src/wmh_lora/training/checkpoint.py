@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -167,15 +167,24 @@ def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def export_model(run_dir: Path, out: Path, half: bool = True, **meta: Any) -> ModelCard:
-    """Turn the best model of a run into a model file to ship.
+def export_model(
+    run_dir: Path,
+    out: Path,
+    *,
+    which: Literal["best", "last"] = "best",
+    half: bool = True,
+    **meta: Any,
+) -> ModelCard:
+    """Turn a model of a run into a model file to ship.
 
     Parameters
     ----------
     run_dir
-        Folder of the run; ``best.safetensors`` is taken, or ``last.safetensors`` without it.
+        Folder of the run.
     out
         Model file to write.
+    which
+        The model that validated best, or the one at the end of the schedule.
     half
         Store float16.
     **meta
@@ -190,12 +199,11 @@ def export_model(run_dir: Path, out: Path, half: bool = True, **meta: Any) -> Mo
     Raises
     ------
     WeightsError
-        If the run holds no model yet.
+        If the run holds no such model yet.
     """
-    names = ("best.safetensors", "last.safetensors")
-    source = next((run_dir / name for name in names if (run_dir / name).is_file()), None)
-    if source is None:
-        raise WeightsError(f"{run_dir} holds no model yet: train until the first validation.")
+    source = run_dir / f"{which}.safetensors"
+    if not source.is_file():
+        raise WeightsError(f"{source} is not there yet: train until the first validation.")
     card, tensors = load_model_file(source)
     for name in ("training", "metrics"):
         meta[name] = {**getattr(card, name), **meta.get(name, {})}
