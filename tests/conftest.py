@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+from wmh_lora.logs import LOGGER
 
 # Times vary too much on a shared machine for deadlines; the same examples every time make a
 # failure reproducible from its log alone.
@@ -21,6 +24,15 @@ _REPOSITORY = Path(__file__).resolve().parents[1]
 def _two_torch_threads() -> None:
     """Small tensors gain nothing from more threads."""
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_found() -> Iterator[None]:
+    """The command line sets up logging for its process; the next test is a library user again."""
+    handlers, level = list(LOGGER.handlers), LOGGER.level
+    yield
+    LOGGER.handlers[:] = handlers
+    LOGGER.setLevel(level)
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def paint(
     low, high = LESION_CONTRAST
     typical = log_uniform(rng, TYPICAL_LESION_CONTRAST - 1.0, high - 1.0)
     # readers call a lesion what stands out among the subject's own lesions
-    faintest = max(low - 1.0 + 0.04, 0.5 * typical)
+    faintest = float(np.clip(0.5 * typical, low - 1.0 + 0.04, 0.3))
     _dirty_white_matter(rng, image, tissue, faintest)
     return _add_lesions(rng, image, lesions, typical, faintest)
 
@@ -119,7 +119,8 @@ def _dirty_white_matter(
         return
     shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
     patches = np.clip(smooth_field(rng, shape, uniform(rng, 6.0, 18.0)) - 0.2, 0.0, 1.0)
-    strength = uniform(rng, 0.4, 1.1) * faintest
+    # anything brighter a reader would outline
+    strength = min(uniform(rng, 0.4, 1.1) * faintest, 0.18)
     image += np.where(tissue == Tissue.WHITE_MATTER, strength * patches, 0.0)
 
 

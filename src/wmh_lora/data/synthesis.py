@@ -164,11 +164,11 @@ def _brain_extraction(rng: np.random.Generator, smooth: FloatArray) -> FloatArra
 
 
 def demo_case(
-    seed: int = 12,
+    seed: int = 36,
 ) -> tuple[FloatArray, npt.NDArray[np.float64], LabelArray]:
     """Make the scan of ``wmh-lora demo``: MNI152 anatomy with vascular lesions.
 
-    The default seed gives 4 mm slices with 18 mL of clearly visible lesions.
+    The default seed gives 3 mm slices with 18 mL of clearly visible lesions.
 
     Returns
     -------
