@@ -5,19 +5,10 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Iterator
 
 import pytest
 
 from wmh_lora.logs import LOGGER, collect_warnings, configure_logging, progress_bar
-
-
-@pytest.fixture(autouse=True)
-def _restored_logger() -> Iterator[None]:
-    handlers, level = list(LOGGER.handlers), LOGGER.level
-    yield
-    LOGGER.handlers[:] = handlers
-    LOGGER.setLevel(level)
 
 
 def test_warnings_go_to_stderr_once(capsys: pytest.CaptureFixture[str]) -> None:

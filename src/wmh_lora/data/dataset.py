@@ -23,7 +23,7 @@ from wmh_lora.data.fields import FloatArray
 from wmh_lora.data.lesions import MaskBank
 from wmh_lora.data.synthesis import Case, synthesize
 from wmh_lora.errors import ConfigError, DataError
-from wmh_lora.preprocess import context_stack, preprocess, to_model_grid
+from wmh_lora.preprocess import Prepared, context_stack, preprocess, to_model_grid
 from wmh_lora.volume import Volume
 
 
@@ -90,11 +90,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Scan:
-    """A scan on the network's grid: slices as channels on demand, targets (n, S, H, W)."""
+    """A scan on the network's grid, with targets (n, S, H, W)."""
 
-    name: str
-    slices: FloatArray
-    prepared: Any
+    prepared: Prepared
     targets: FloatArray
     valid: npt.NDArray[np.bool_]
     real: bool
@@ -175,7 +173,7 @@ class TrainingStream:
             [to_model_grid(case.masks.get(name, zero), prepared) for name in self.structures]
         )
         valid = np.array([name in case.masks for name in self.structures])
-        return _Scan(str(case.volume.path or ""), prepared.slices, prepared, targets, valid, real)
+        return _Scan(prepared, targets, valid, real)
 
     def _synthetic_case(self, rng: np.random.Generator) -> Case:
         heads = self._anatomies
@@ -184,7 +182,7 @@ class TrainingStream:
         return synthesize(rng, Anatomy.load(heads[rng.integers(len(heads))]), self._bank)
 
     def _crop(self, rng: np.random.Generator, scan: _Scan) -> Sample:
-        count, height, width = scan.slices.shape
+        count, height, width = scan.prepared.slices.shape
         lesion = scan.targets[self.structures.index("wmh")]
         load = lesion.sum(axis=(1, 2))
         if load.any() and rng.random() < self.config.lesion_share:
