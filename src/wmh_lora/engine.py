@@ -6,10 +6,11 @@ gives access to the single steps.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,17 +144,18 @@ class WMHInferenceEngine:
         self.device = choose_device(device)
         self.img_size = img_size
         self.model_description: dict[str, str] = {}
-        self._preprocess, self._inference = PreprocessConfig(), InferenceConfig()
+        preprocess_config, self._inference = PreprocessConfig(), InferenceConfig()
         self._structures: tuple[str, ...] = ("wmh",)
         net: nn.Module
         if isinstance(model, Model):
             net, card = model.net, model.card
             self.model_description = model.describe()
-            self._preprocess, self._inference = card.preprocess, card.inference
+            preprocess_config, self._inference = card.preprocess, card.inference
             self._structures = card.model.structures
         else:
             net = model
             self.model_description = {"name": type(model).__name__}
+        self._preprocess = _fit_to_network(preprocess_config, net)
         with _device_errors(self.device):
             self._net = net.eval().to(self.device)
 
@@ -299,6 +301,12 @@ class WMHInferenceEngine:
                     progress(done, total)
             probability[start : start + len(indices)] = (summed / len(views)).cpu().numpy()
         return probability
+
+
+def _fit_to_network(config: PreprocessConfig, net: nn.Module) -> PreprocessConfig:
+    """Pad slices to sizes that the network takes, whatever the settings ask for."""
+    multiple = math.lcm(config.multiple_px, int(getattr(net, "size_multiple", 1)))
+    return replace(config, multiple_px=multiple)
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:

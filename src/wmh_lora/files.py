@@ -18,6 +18,7 @@ from wmh_lora.errors import DataError
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "file_digest",
     "file_sha256",
     "find_images",
     "image_stem",
@@ -101,7 +102,12 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
+    return file_digest(path, "sha256")
+
+
+def file_digest(path: str | os.PathLike[str], algorithm: str) -> str:
+    """Return a checksum of a file's bytes in hexadecimal; ``algorithm`` as in `hashlib`."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     with Path(path).open("rb") as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)

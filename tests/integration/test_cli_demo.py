@@ -32,7 +32,7 @@ def _phantom(monkeypatch: pytest.MonkeyPatch) -> None:
         return volume.data, volume.affine, mask
 
     monkeypatch.setattr("wmh_lora.data.synthesis.demo_case", small_case)
-    monkeypatch.setattr("wmh_lora.engine.load_model", lambda name: brightness_model())
+    monkeypatch.setattr("wmh_lora.engine.load_model", lambda name, **_: brightness_model())
 
 
 def test_makes_segments_and_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_runs_again_and_leaves_other_files_alone(tmp_path: Path) -> None:
 
 
 def test_absent_weights_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> None:
+    def absent(name: str, **_: object) -> None:
         raise WeightsError("The base weights are absent; run `wmh-lora models pull litemedsam`.")
 
     monkeypatch.setattr("wmh_lora.engine.load_model", absent)

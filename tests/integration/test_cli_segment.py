@@ -33,7 +33,7 @@ Run = Callable[..., Result]
 
 @pytest.fixture(autouse=True)
 def _phantom_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wmh_lora.engine.load_model", lambda name: brightness_model())
+    monkeypatch.setattr("wmh_lora.engine.load_model", lambda name, **_: brightness_model())
 
 
 @pytest.fixture
@@ -133,6 +133,22 @@ class TestOneScan:
         write_head(tmp_path / "a.nii.gz")
         result = run("a.nii.gz", options=("--min-voxels", "5"))
         assert "in 1 lesion ->" in result.stdout
+
+    def test_model_and_base_weights_are_handed_on(
+        self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[object] = []
+
+        def load(name: str, *, base_weights: Path | None = None) -> object:
+            asked.append((name, base_weights))
+            return brightness_model()
+
+        monkeypatch.setattr("wmh_lora.engine.load_model", load)
+        write_head(tmp_path / "a.nii.gz")
+        options = ("--model", "flair-v1", "--weights", "base.pth")
+        assert run("a.nii.gz", options=options).exit_code == 0
+        assert run("a.nii.gz", out="other").exit_code == 0
+        assert asked == [("flair-v1", Path("base.pth")), ("default", None)]
 
     def test_json_is_all_that_stdout_holds(self, tmp_path: Path, run: Run) -> None:
         write_head(tmp_path / "a_FLAIR.nii.gz")
@@ -234,7 +250,7 @@ class TestExistingResults:
         write_head(tmp_path / "b.nii.gz")
         assert run("b.nii.gz").exit_code == 0
         before = names(tmp_path / "out")
-        monkeypatch.setattr("wmh_lora.engine.load_model", lambda name: pytest.fail("worked"))
+        monkeypatch.setattr("wmh_lora.engine.load_model", lambda name, **_: pytest.fail("worked"))
         result = run("a.nii.gz", "b.nii.gz")
         assert result.exit_code == 2
         assert "--overwrite" in result.stderr
@@ -409,7 +425,7 @@ class TestTrouble:
         run: Run,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        def fail(name: str) -> None:
+        def fail(name: str, **_: object) -> None:
             raise error
 
         monkeypatch.setattr("wmh_lora.engine.load_model", fail)

@@ -51,6 +51,7 @@ class _TinyEncoder(nn.Module):
 
     pyramid_channels = (8, 16)
     pyramid_strides = (1, 4)
+    size_multiple = 4
 
     def __init__(self) -> None:
         super().__init__()

@@ -35,6 +35,7 @@ class Everything:
     [
         PreprocessConfig(context_mm=0.0),
         ModelConfig(lora_rank=4, structures=("brain", "wmh")),
+        ModelConfig(lora_ranks={"fc1": 4}, adaptation="full", t1_channels=3, decoder="upsampling"),
         InferenceConfig(threshold=0.6, tta="d4"),
     ],
 )
@@ -62,6 +63,26 @@ def test_nested_tables_tuples_paths_and_optional_values() -> None:
     )
     assert isinstance(config.sides[1], float)
     assert from_dict(Everything, to_dict(config)) == config
+    unlimited = from_dict(Everything, {**to_dict(config), "limit": None})
+    assert unlimited.limit is None
+    assert from_dict(Everything, to_dict(unlimited)) == unlimited
+
+
+def test_settings_from_before_there_were_more_keep_their_meaning() -> None:
+    old = {
+        "encoder": "litemedsam",
+        "in_channels": 3,
+        "adapter_width": 16,
+        "lora_rank": 16,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+        "lora_targets": ["qkv", "proj", "fc1", "fc2"],
+        "decoder_channels": [128, 64, 32, 16],
+        "structures": ["wmh", "ventricles", "brain"],
+    }
+    config = from_dict(ModelConfig, old)
+    assert config == ModelConfig(lora_dropout=0.0)
+    assert (config.adaptation, config.decoder, config.t1_channels) == ("lora", "pyramid", 0)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +117,29 @@ def test_wrong_nested_values_are_refused(plain: dict[str, Any], message: str) ->
         from_dict(Everything, plain)
 
 
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    plain = {
+        "model": {"lora_rnak": 8, "lora_dropout": 2.0, "lora_alpha": "x"},
+        "inner": [{"treshold": 0.5}, {"min_voxels": -1, "colour": 3}],
+        "limit": "many",
+    }
+    with pytest.raises(ConfigError) as caught:
+        from_dict(Everything, plain)
+    message = str(caught.value)
+    for part in (
+        "'lora_rnak' for ModelConfig; did you mean 'lora_rank'?",
+        "'lora_dropout' must be in [0, 1)",
+        "'lora_alpha' must be a whole number",
+        "'treshold' for InferenceConfig; did you mean 'threshold'?",
+        "'min_voxels' must be zero or more",
+        "'colour' for InferenceConfig; known are batch_size, min_voxels, threshold, tta.",
+        "'limit' must be a whole number",
+        "'folder' of Everything is missing",
+    ):
+        assert part in message
+    assert len(message.splitlines()) == 8
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -104,6 +148,12 @@ def test_wrong_nested_values_are_refused(plain: dict[str, Any], message: str) ->
         {"lora_dropout": 1.0},
         {"structures": ("brain",)},
         {"structures": ("wmh", "wmh")},
+        {"adaptation": "some"},
+        {"decoder": "unet"},
+        {"t1_channels": 2},
+        {"t1_channels": -1},
+        {"lora_ranks": {"qkv": 0}},
+        {"lora_ranks": {"lin1": 4}},
         {"decoder_channels": ()},
     ],
 )

@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import wmh_lora
 from tests.phantoms import BrightnessNet, brightness_model, head, write_head
-from wmh_lora.config import TtaMode
+from wmh_lora.config import ModelConfig, PreprocessConfig, TtaMode
 from wmh_lora.engine import (
     _VIEWS,
     Segmentation,
@@ -29,6 +30,7 @@ from wmh_lora.engine import (
     segment,
 )
 from wmh_lora.errors import ConfigError, DeviceError, UnreadableImageError
+from wmh_lora.models.network import build_network
 from wmh_lora.models.registry import Model
 from wmh_lora.volume import Volume
 
@@ -106,6 +108,34 @@ class TestPredict:
         ]
         np.testing.assert_array_equal(results[0], results[1])
         np.testing.assert_array_equal(results[0], results[2])
+
+    def test_pads_slices_to_what_the_network_takes(self, model: Model) -> None:
+        net = model.net
+        assert isinstance(net, BrightnessNet)
+        net.size_multiple = 48  # type: ignore[assignment]
+        volume, reference = head()
+        result = WMHInferenceEngine(model, "cpu").segment(volume)
+        assert all(h % 48 == 0 and w % 48 == 0 for _, _, h, w in net.seen_shapes)
+        assert result.settings["preprocess"]["multiple_px"] == 48
+        np.testing.assert_array_equal(result.mask, reference)
+
+    def test_runs_a_network_that_can_take_t1_on_flair_alone(self) -> None:
+        config = ModelConfig(
+            encoder="compact",
+            adaptation="full",
+            t1_channels=3,
+            decoder_channels=(8, 8, 8, 8),
+            structures=("wmh",),
+        )
+        net = build_network(config, None, for_training=False)
+        card = replace(
+            brightness_model().card, model=config, preprocess=PreprocessConfig(pixel_size_mm=4.0)
+        )
+        loaded = Model(net=net, card=card, path=Path("t1"), sha256="1" * 64)
+        volume, _ = head()
+        probability = WMHInferenceEngine(loaded, "cpu").predict(volume)
+        assert np.isfinite(probability).all()
+        assert probability.max() > 0
 
     def test_reports_progress_to_the_end(self, model: Model) -> None:
         steps: list[tuple[int, int]] = []

@@ -33,6 +33,7 @@ class Options:
 
     out_dir: Path
     model: str = "default"
+    base_weights: Path | None = None
     tta: TtaMode | None = None
     threshold: float | None = None
     min_voxels: int | None = None
@@ -222,7 +223,7 @@ def _make_engine(options: Options) -> WMHInferenceEngine:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)  # first: it fails faster than a model loads
-    return WMHInferenceEngine(load_model(options.model), device)
+    return WMHInferenceEngine(load_model(options.model, base_weights=options.base_weights), device)
 
 
 def _segment(engine: WMHInferenceEngine, volume: Any, options: Options, label: str) -> Segmentation:

@@ -16,7 +16,7 @@ from wmh_lora.cli.errors import describe_error, exit_code
 __all__ = ["cli", "main"]
 
 # The function of a command carries the name of its module.
-_COMMANDS = ("segment", "demo", "models", "train")
+_COMMANDS = ("segment", "demo", "models", "data", "train", "tune", "evaluate")
 
 
 class _LazyGroup(click.Group):

@@ -23,6 +23,13 @@ _INFERENCE_OPTIONS = (
         help="A name from `wmh-lora models list`, or a model file.",
     ),
     click.option(
+        "--weights",
+        "base_weights",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Weights of the model's base encoder; the cached or installed ones by default.",
+    ),
+    click.option(
         "--tta",
         type=click.Choice(["none", "flip", "d4"]),
         help="Views averaged: 1, 4 flips, or 8 flips and turns; each costs the time of one.",

@@ -20,6 +20,13 @@ __all__ = ["train"]
     multiple=True,
     help="Replace one setting, e.g. data.root=PATH or training.steps=8000. Repeatable.",
 )
+@click.option(
+    "--weights",
+    "base_weights",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Weights of the base encoder; the cached or installed ones by default.",
+)
 @click.option("--resume", is_flag=True, help="Continue from the newest checkpoint of the folder.")
 @click.option(
     "-o",
@@ -30,13 +37,19 @@ __all__ = ["train"]
     help="Folder of the run.  [default: runs/<name of CONFIG>]",
 )
 def train(
-    config_file: Path, overrides: tuple[str, ...], resume: bool, run_dir: Path | None
+    config_file: Path,
+    overrides: tuple[str, ...],
+    base_weights: Path | None,
+    resume: bool,
+    run_dir: Path | None,
 ) -> None:
     """Train a model as CONFIG.toml says.
 
     The run folder receives the resolved configuration, metrics.jsonl, checkpoints, and the models
     best.safetensors and last.safetensors. Ctrl-C or SIGTERM finishes the step, writes a checkpoint
     and ends with exit code 1; --resume then continues as if nothing had happened.
+
+    For several GPUs or processes: accelerate launch -m wmh_lora train CONFIG.toml ...
     """
     # Must be set before torch is loaded. Threads that spin while they wait take the processor from
     # those that they wait for: measured 4 times slower beside one other busy process.
@@ -47,18 +60,24 @@ def train(
     from wmh_lora.training.run import train as run_training
     from wmh_lora.training.settings import read_run_config
 
-    on_terminal = sys.stderr.isatty()
+    # Of the processes of `accelerate launch`, one speaks; the others only warn.
+    speaks = os.environ.get("RANK", "0") == "0"
+    on_terminal = speaks and sys.stderr.isatty()
     # On a terminal the progress bar says what the lines of a log file say.
-    configure_logging(verbose=not on_terminal)
+    configure_logging(verbose=speaks and not on_terminal)
+    if base_weights is not None:
+        overrides = (*overrides, f"training.base_weights={base_weights}")
     config = read_run_config(config_file, overrides)
     run_dir = run_dir or Path("runs") / config_file.stem
     with progress_bar(enabled=on_terminal) as progress:
 
-        def show(step: int, loss: float) -> None:
-            progress(step, config.training.steps, f"loss {loss:.4f}")
+        def show(step: int, steps: int, loss: float) -> None:
+            progress(step, steps, f"loss {loss:.4f}")
 
         finished = run_training(config, run_dir, resume=resume, on_step=show)
     if not finished:
         click.echo(f"Stopped early; continue with --resume -o {run_dir}.", err=True)
         raise click.exceptions.Exit(1)
-    click.echo(run_dir / ("best.safetensors" if config.validation else "last.safetensors"))
+    best = run_dir / "best.safetensors"
+    if speaks:
+        click.echo(best if best.is_file() else run_dir / "last.safetensors")

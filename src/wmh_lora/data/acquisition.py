@@ -59,6 +59,11 @@ def acquire(
     averaged = np.stack([_average(weights, m, axis) for m in masks])
     kept = None if keep is None else _average(weights, keep, axis) > 0.5
     image = _scanner(rng, image, axis)
+    if step_mm > 1.5 and rng.random() < 0.15:
+        finer = np.arange(0.0, len(weights) - 1.0 + 1e-6, uniform(rng, 1.0, step_mm) / step_mm)
+        image, averaged = _interpolate(image, finer, axis), _interpolate(averaged, finer, axis + 1)
+        kept = None if kept is None else _interpolate(kept.astype(np.float32), finer, axis) > 0.5
+        step_mm *= float(finer[1])
     image = _export(rng, image, kept)
     spacing = [1.0, 1.0, 1.0]
     spacing[axis] = step_mm
@@ -97,6 +102,17 @@ def _average(weights: FloatArray, array: FloatArray, axis: int) -> FloatArray:
     if len(weights) == weights.shape[1]:
         return array
     return np.moveaxis(np.tensordot(weights, array, axes=(1, axis)), 0, axis)
+
+
+def _interpolate(array: FloatArray, positions: npt.NDArray[np.float64], axis: int) -> FloatArray:
+    """Resample along one axis, linearly: what a user's software did to thick slices."""
+    low = np.minimum(positions.astype(int), array.shape[axis] - 2)
+    shape = [1] * array.ndim
+    shape[axis] = len(positions)
+    share = (positions - low).astype(np.float32).reshape(shape)
+    return np.asarray(
+        np.take(array, low, axis) * (1.0 - share) + np.take(array, low + 1, axis) * share
+    )
 
 
 def _scanner(rng: np.random.Generator, image: FloatArray, axis: int) -> FloatArray:

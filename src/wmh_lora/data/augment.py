@@ -77,14 +77,14 @@ def augment_crop(
     image : array (C, size, size) float32
     target : array (n, size, size) float32
     """
-    centre = _place(rng, centre, image.shape[1:], size)
+    centre = place_centre(rng, centre, image.shape[1:], size)
     if real:
         angle = np.deg2rad(uniform(rng, -15.0, 15.0))
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         matrix = turn * rng.uniform(0.9, 1.1, 2)
         planes = [_sample(p, matrix, centre, size) for p in (*image, *target)]
     else:
-        planes = [_cut(p, centre, size) for p in (*image, *target)]
+        planes = [cut_square(p, centre, size) for p in (*image, *target)]
     stack = np.stack(planes)
     if rng.random() < 0.5:
         stack = stack[:, :, ::-1]
@@ -97,13 +97,13 @@ def augment_crop(
     return np.ascontiguousarray(picture, np.float32), np.ascontiguousarray(labels, np.float32)
 
 
-def _place(
+def place_centre(
     rng: np.random.Generator,
     centre: npt.NDArray[np.float64],
     shape: tuple[int, ...],
     size: int,
 ) -> npt.NDArray[np.float64]:
-    """Move a crop's centre about, and back until the crop lies on the picture."""
+    """Move a square's centre about, and back until the square of ``size`` lies on the picture."""
     wander = 0.35 * size
     centre = centre + rng.uniform(-wander, wander, 2)
     half = size / 2
@@ -127,7 +127,8 @@ def _vary(rng: np.random.Generator, picture: FloatArray) -> FloatArray:
     return np.asarray(np.clip(picture * np.exp(rng.normal(0.0, 0.1)), 0.0, 1.0))
 
 
-def _cut(plane: FloatArray, centre: npt.NDArray[np.float64], size: int) -> FloatArray:
+def cut_square(plane: FloatArray, centre: npt.NDArray[np.float64], size: int) -> FloatArray:
+    """Cut (size, size) around ``centre`` out of (H, W); zero outside the picture."""
     out = np.zeros((size, size), dtype=np.float32)
     start = np.rint(centre - size / 2).astype(int)
     low = np.maximum(start, 0)

@@ -21,79 +21,24 @@ from wmh_lora.data.anatomy import Anatomy, head_anatomy, mni_anatomy
 from wmh_lora.data.augment import augment_crop, augment_scan
 from wmh_lora.data.fields import FloatArray
 from wmh_lora.data.lesions import MaskBank
+from wmh_lora.data.slices import SliceStream
+from wmh_lora.data.sources import IGNORED, DataConfig, Sample, read_labelled, read_masks
 from wmh_lora.data.synthesis import Case, synthesize
-from wmh_lora.errors import ConfigError, DataError
+from wmh_lora.errors import DataError
 from wmh_lora.preprocess import Prepared, context_stack, preprocess, to_model_grid
-from wmh_lora.volume import Volume
 
+__all__ = ["DataConfig", "TrainingStream", "build_stream"]
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Where training crops come from.
-
-    Attributes
-    ----------
-    root
-        Folder that the other paths start from.
-    labelmaps
-        Folder of whole-head label maps; empty for the packaged MNI152 anatomy alone.
-    lesion_masks
-        Folder of lesion masks in MNI152 space; empty for vascular patterns alone.
-    exclude_masks
-        Subjects whose mask must not be seen, such as those of a validation scan.
-    real
-        BIDS folder of labelled scans (``derivatives/manual`` holds the masks); empty for none.
-    cache
-        Folder for anatomies once registered.
-    mni_share
-        Fraction of synthetic scans painted on the MNI152 anatomy.
-    lanes, real_lanes
-        Scans held at a time, and how many of them are real.
-    crops_per_scan
-        Crops taken before a lane moves to its next scan.
-    lesion_share
-        Fraction of crops placed around a lesion, where there is one.
-    """
-
-    root: str = ""
-    labelmaps: str = ""
-    lesion_masks: str = ""
-    exclude_masks: tuple[str, ...] = ()
-    real: str = ""
-    cache: str = ""
-    mni_share: float = 0.12
-    lanes: int = 8
-    real_lanes: int = 0
-    crops_per_scan: int = 24
-    lesion_share: float = 0.7
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.real_lanes <= self.lanes or self.lanes < 1:
-            raise ConfigError(
-                f"data.real_lanes = {self.real_lanes} must lie between 0 and data.lanes = "
-                f"{self.lanes}."
-            )
-        if self.real_lanes and not self.real:
-            raise ConfigError("data.real_lanes asks for real scans but data.real names no folder.")
-        if self.labelmaps and not self.cache:
-            raise ConfigError("data.labelmaps needs data.cache, a folder for registered anatomies.")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One crop: image (3, h, w), target (n, h, w), and which structures are labelled (n,)."""
-
-    image: FloatArray
-    target: FloatArray
-    valid: npt.NDArray[np.bool_]
+_LABELS = {"wmh": "WMH", "ventricles": "ventricles", "brain": "brain"}
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """A scan on the network's grid, with targets (n, S, H, W)."""
+    """A scan on the network's grid: targets (n, S, H, W), and what is ignored (S, H, W)."""
 
     prepared: Prepared
     targets: FloatArray
+    ignored: FloatArray
     valid: npt.NDArray[np.bool_]
     real: bool
 
@@ -144,15 +89,17 @@ class TrainingStream:
         """List every file that samples are made from, for the record of a run."""
         paths = list(self._label_maps)
         if self.config.lesion_masks:
-            folder = self._path(self.config.lesion_masks)
+            folder = self.config.path(self.config.lesion_masks)
             paths += MaskBank.paths(folder, self.config.exclude_masks)
-        for case in self._real_cases:
-            paths += case.files
+        for image, masks in self._real_files:
+            paths += [image, *(path for _, path in masks)]
+        if self.config.manifest:
+            paths += [self.config.path(name) for name in (self.config.manifest, self.config.split)]
         return paths
 
     def prepare(self) -> None:
         """Read every source once, before workers start; registers anatomies where needed."""
-        _ = self._anatomies, self._bank, self._real_cases
+        _ = self._anatomies, self._bank, self._real_files
 
     def _scan(self, lane: int, number: int) -> _Scan:
         held = self._held.get(lane)
@@ -164,7 +111,8 @@ class TrainingStream:
     def _make_scan(self, rng: np.random.Generator, lane: int) -> _Scan:
         real = lane >= self.config.lanes - self.config.real_lanes
         if real:
-            case = augment_scan(rng, self._real_cases[rng.integers(len(self._real_cases))])
+            files = self._real_files[rng.integers(len(self._real_files))]
+            case = augment_scan(rng, read_masks(*files))
         else:
             case = self._synthetic_case(rng)
         prepared = preprocess(case.volume, self.preprocess_config)
@@ -173,7 +121,8 @@ class TrainingStream:
             [to_model_grid(case.masks.get(name, zero), prepared) for name in self.structures]
         )
         valid = np.array([name in case.masks for name in self.structures])
-        return _Scan(prepared, targets, valid, real)
+        ignored = to_model_grid(case.masks.get(IGNORED, zero), prepared)
+        return _Scan(prepared, targets, ignored, valid, real)
 
     def _synthetic_case(self, rng: np.random.Generator) -> Case:
         heads = self._anatomies
@@ -195,15 +144,17 @@ class TrainingStream:
             index = int(rng.integers(count))
             centre = rng.uniform(0.25, 0.75, 2) * (height, width)
         image = context_stack(scan.prepared, [index])[0]
-        target = scan.targets[:, index]
-        image, target = augment_crop(rng, image, target, centre, self.crop, real=scan.real)
+        planes = np.concatenate([scan.targets[:, index], scan.ignored[None, index]])
+        image, planes = augment_crop(rng, image, planes, centre, self.crop, real=scan.real)
+        target, ignored = planes[:-1], planes[-1] >= 0.5
+        target[self.structures.index("wmh"), ignored] = np.nan
         return Sample(image, target, scan.valid)
 
     @cached_property
     def _label_maps(self) -> list[Path]:
         if not self.config.labelmaps:
             return []
-        folder = self._path(self.config.labelmaps)
+        folder = self.config.path(self.config.labelmaps)
         sources = sorted(folder.glob("*.nii.gz"))
         if not sources:
             raise DataError(f"{folder}: no label map (*.nii.gz) there.")
@@ -228,33 +179,33 @@ class TrainingStream:
     def _bank(self) -> MaskBank | None:
         if not self.config.lesion_masks:
             return None
-        return MaskBank.read(self._path(self.config.lesion_masks), self.config.exclude_masks)
+        return MaskBank.read(self.config.path(self.config.lesion_masks), self.config.exclude_masks)
 
     @cached_property
-    def _real_cases(self) -> list[Case]:
+    def _real_files(self) -> list[tuple[Path, list[tuple[str, Path]]]]:
+        """Image and masks of every real scan; they are read when a lane comes to them."""
         if not self.config.real_lanes:
             return []
-        root = self._path(self.config.real)
+        if self.config.manifest:
+            part = read_labelled(self.config, "train", verify=True)
+            file = part.manifest.file
+            return [(file(scan.image), [("wmh", file(scan.mask))]) for scan in part.scans]
+        root = self.config.path(self.config.real)
         images = sorted(root.glob("sub-*/anat/*_FLAIR.nii.gz"))
         if not images:
             raise DataError(f"{root}: no sub-*/anat/*_FLAIR.nii.gz there.")
-        return [self._real_case(root, image) for image in images]
+        return [(image, _bids_masks(root, image)) for image in images]
 
-    def _real_case(self, root: Path, image: Path) -> Case:
-        subject = image.name.split("_")[0]
-        folder = root / "derivatives" / "manual" / subject / "anat"
-        labels = {"wmh": "WMH", "ventricles": "ventricles", "brain": "brain"}
-        masks, files = {}, [image]
-        for name, label in labels.items():
-            path = folder / f"{subject}_space-orig_label-{label}_mask.nii.gz"
-            if path.exists():
-                mask = Volume.read(path, allow_constant=True)
-                masks[name] = (mask.data > 0).astype(np.float32)
-                files.append(path)
-        return Case(Volume.read(image), masks, tuple(files))
 
-    def _path(self, path: str) -> Path:
-        return Path(self.config.root).expanduser() / path
+def _bids_masks(root: Path, image: Path) -> list[tuple[str, Path]]:
+    """Masks of a scan that are there."""
+    subject = image.name.split("_")[0]
+    folder = root / "derivatives" / "manual" / subject / "anat"
+    paths = [
+        (name, folder / f"{subject}_space-orig_label-{label}_mask.nii.gz")
+        for name, label in _LABELS.items()
+    ]
+    return [(name, path) for name, path in paths if path.exists()]
 
 
 def build_stream(
@@ -263,8 +214,28 @@ def build_stream(
     crop: int,
     preprocess_config: PreprocessConfig,
     structures: tuple[str, ...],
-) -> TrainingStream:
-    """Make the stream that the ``[data]`` table of a training file describes, sources checked."""
-    stream = TrainingStream(from_dict(DataConfig, table), seed, crop, preprocess_config, structures)
+    samples_per_step: int = 1,
+    cache: Path = Path("cache"),
+) -> TrainingStream | SliceStream:
+    """Make the stream that the ``[data]`` table of a training file describes, sources checked.
+
+    Parameters
+    ----------
+    table
+        Settings, see `DataConfig`.
+    seed, crop, preprocess_config, structures
+        See `TrainingStream` and `SliceStream`.
+    samples_per_step
+        Epochs are whole multiples of it.
+    cache
+        Folder for preprocessed scans, unless ``table`` names one.
+    """
+    config = from_dict(DataConfig, table)
+    common = (config, seed, crop, preprocess_config, structures)
+    stream: TrainingStream | SliceStream
+    if config.real_alone:
+        stream = SliceStream(*common, samples_per_step, cache)
+    else:
+        stream = TrainingStream(*common)
     stream.prepare()
     return stream

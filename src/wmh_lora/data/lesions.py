@@ -115,13 +115,27 @@ def periventricular(
 ) -> FloatArray:
     """Draw caps, bands and haloes of uneven depth around the ventricles."""
     shape = tissue.shape
-    mean_mm = log_uniform(rng, 1.0, 9.0)
+    mean_mm = log_uniform(rng, 1.0, 13.0)
     depth = mean_mm * (1.0 + 0.6 * smooth_field(rng, shape, uniform(rng, 12.0, 30.0)))
-    depth += uniform(rng, 0.0, 0.4) * mean_mm * smooth_field(rng, shape, 5.0)
+    depth += uniform(rng, 0.0, 0.5) * mean_mm * smooth_field(rng, shape, uniform(rng, 4.0, 8.0))
     depth += _horn_bonus(rng, tissue)
     band = (distance_mm < depth) & (depth > BAND_MINIMUM_MM)
     # coarse distances overshoot by a millimetre inside the ventricle's own wall; tissue decides
     return np.asarray(band & (tissue == Tissue.WHITE_MATTER), dtype=np.float32)
+
+
+def confluent(rng: np.random.Generator, distance_mm: FloatArray, tissue: LabelArray) -> FloatArray:
+    """Draw patches of deep white matter that run together, more likely near the ventricles."""
+    shape = tissue.shape
+    likely = smooth_field(rng, shape, uniform(rng, 9.0, 22.0))
+    likely += uniform(rng, 0.2, 0.7) * smooth_field(rng, shape, uniform(rng, 3.0, 6.0))
+    likely -= np.abs(distance_mm - uniform(rng, 3.0, 14.0)) / uniform(rng, 6.0, 20.0)
+    white = tissue == Tissue.WHITE_MATTER
+    if not white.any():
+        return np.zeros(shape, dtype=np.float32)
+    share = log_uniform(rng, 0.003, 0.2)
+    level = np.quantile(likely[white][::16], 1.0 - share)
+    return np.asarray(white & (likely > level), dtype=np.float32)
 
 
 def _horn_bonus(rng: np.random.Generator, tissue: LabelArray) -> FloatArray:
@@ -201,12 +215,24 @@ def draw_lesions(
         return mask
     if bank is not None and kind < 0.60:
         drawn = bank.draw(rng, to_mni_mm, shape)
-        # drawn masks may reach the cortex (juxtacortical lesions) but never fluid or bone
-        inside = np.isin(tissue, (*_HOSTS, Tissue.CORTEX, Tissue.LIMBIC, Tissue.CEREBELLAR_CORTEX))
-        mask = np.maximum(mask, drawn * inside)
+        mask = np.maximum(mask, _within_hosts(drawn, tissue))
     if bank is None or kind > 0.48:
         if rng.random() < 0.75:
             mask = np.maximum(mask, periventricular(rng, distance_mm, tissue))
         if rng.random() < 0.75:
             mask = np.maximum(mask, punctate(rng, distance_mm, tissue))
+        if rng.random() < 0.35:
+            mask = np.maximum(mask, confluent(rng, distance_mm, tissue))
     return mask
+
+
+def _within_hosts(drawn: FloatArray, tissue: LabelArray) -> FloatArray:
+    """Keep a drawn mask in white matter and nuclei, and where it reaches from there into cortex.
+
+    A mask of one brain laid into another meets sulci; cortex that no white matter lesion touches
+    would teach that bright cortex is a lesion.
+    """
+    mask = drawn * np.isin(tissue, _HOSTS)
+    cortex = np.isin(tissue, (Tissue.CORTEX, Tissue.LIMBIC, Tissue.CEREBELLAR_CORTEX))
+    reach = ndimage.binary_dilation(mask > 0, iterations=2) & cortex
+    return np.asarray(np.maximum(mask, drawn * reach), dtype=np.float32)

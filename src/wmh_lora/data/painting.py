@@ -12,21 +12,25 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from wmh_lora.data.anatomy import Tissue
-from wmh_lora.data.fields import FloatArray, log_uniform, smooth_field, uniform
+from wmh_lora.data.fields import FloatArray, log_uniform, smooth_field, uniform, upsample
 
 LabelArray = npt.NDArray[np.uint8]
 
 LESION_CONTRAST = (1.08, 2.2)
 """Brightness of lesions over the white matter around them; 1.3-1.75 is typical of real scans."""
 
-TYPICAL_LESION_CONTRAST = 1.3
+TYPICAL_LESION_CONTRAST = 1.22
 """The lowest mean brightness of one subject's lesions; single ones reach the range's end."""
 
 _FLUID = (Tissue.CSF, Tissue.VENTRICLE)
 
 
 def paint(
-    rng: np.random.Generator, tissue: LabelArray, lesions: FloatArray, distance_mm: FloatArray
+    rng: np.random.Generator,
+    tissue: LabelArray,
+    lesions: FloatArray,
+    distance_mm: FloatArray,
+    to_mni_mm: FloatArray,
 ) -> tuple[FloatArray, FloatArray]:
     """Paint one subject.
 
@@ -40,6 +44,8 @@ def paint(
         (X, Y, Z) lesion mask, 0 or 1.
     distance_mm
         (X, Y, Z) distance to the ventricles.
+    to_mni_mm
+        (3, x, y, z) coarse field to MNI millimetres over the same extent.
 
     Returns
     -------
@@ -62,12 +68,14 @@ def paint(
     uneven = 1.0 + uniform(rng, 0.0, 0.12) * smooth_field(rng, shape, uniform(rng, 10.0, 25.0))
     image = np.where(grey, image * uneven, image)
     _normal_rims(rng, image, tissue, distance_mm)
+    _pyramidal_tract(rng, image, tissue, to_mni_mm)
+    _septum(rng, image, tissue, distance_mm)
     _look_alikes_in_fluid(rng, image, tissue)
     _outside_the_brain(rng, image, tissue)
     low, high = LESION_CONTRAST
-    typical = log_uniform(rng, TYPICAL_LESION_CONTRAST - 1.0, high - 1.0)
+    typical = log_uniform(rng, TYPICAL_LESION_CONTRAST - 1.0, 0.8 * (high - 1.0))
     # readers call a lesion what stands out among the subject's own lesions
-    faintest = float(np.clip(0.5 * typical, low - 1.0 + 0.04, 0.3))
+    faintest = float(np.clip(0.4 * typical, low - 1.0 + 0.02, 0.2))
     _dirty_white_matter(rng, image, tissue, faintest)
     return _add_lesions(rng, image, lesions, typical, faintest)
 
@@ -111,6 +119,48 @@ def _normal_rims(
         image += np.where(white, strength * np.exp(-distance_mm / reach_mm), 0.0)
 
 
+_PYRAMIDAL_TRACT_MM = ((9, -18, -22), (14, -18, -8), (22, -17, 8), (25, -21, 28), (27, -26, 48))
+"""Course on the right side in MNI space, from the cerebral peduncle to the motor cortex."""
+
+
+def _pyramidal_tract(
+    rng: np.random.Generator, image: FloatArray, tissue: LabelArray, to_mni_mm: FloatArray
+) -> None:
+    """Brighten both pyramidal tracts a little, as at high field: normal, hence never labelled."""
+    if rng.random() < 0.5:
+        return
+    points = np.array(_PYRAMIDAL_TRACT_MM, dtype=np.float32)
+    steps = np.linspace(0.0, len(points) - 1.0, 24)
+    course = np.stack([np.interp(steps, np.arange(len(points)), c) for c in points.T])
+    place = to_mni_mm.copy()
+    place[0] = np.abs(place[0])
+    gap = place[..., None] - course[:, None, None, None]
+    coarse_mm = np.sqrt((gap**2).sum(axis=0).min(axis=-1)).astype(np.float32)
+    shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
+    width_mm = uniform(rng, 3.0, 6.0)
+    profile = np.exp(-((upsample(coarse_mm, shape) / width_mm) ** 2))
+    hosts = np.isin(tissue, (Tissue.WHITE_MATTER, Tissue.BRAINSTEM))
+    image += np.where(hosts, uniform(rng, 0.03, 0.22) * profile, 0.0)
+
+
+def _septum(
+    rng: np.random.Generator, image: FloatArray, tissue: LabelArray, distance_mm: FloatArray
+) -> None:
+    """Brighten the thin walls between the ventricles (septum, fornix): never labelled."""
+    if rng.random() < 0.4:
+        return
+    near = np.argwhere(distance_mm < 6.0)
+    if not len(near):
+        return
+    box = tuple(slice(a, b + 1) for a, b in zip(near.min(axis=0), near.max(axis=0), strict=True))
+    fluid = tissue[box] == Tissue.VENTRICLE
+    wide = ndimage.binary_dilation(fluid, iterations=2)
+    # what lies within 2 mm of fluid on the left and on the right
+    between = np.roll(wide, 2, axis=0) & np.roll(wide, -2, axis=0) & ~fluid
+    solid = between & (tissue[box] > Tissue.VENTRICLE) & (tissue[box] < Tissue.BONE)
+    image[box] += np.where(solid, uniform(rng, 0.05, 0.6), 0.0)
+
+
 def _dirty_white_matter(
     rng: np.random.Generator, image: FloatArray, tissue: LabelArray, faintest: float
 ) -> None:
@@ -119,8 +169,7 @@ def _dirty_white_matter(
         return
     shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
     patches = np.clip(smooth_field(rng, shape, uniform(rng, 6.0, 18.0)) - 0.2, 0.0, 1.0)
-    # anything brighter a reader would outline
-    strength = min(uniform(rng, 0.4, 1.1) * faintest, 0.18)
+    strength = uniform(rng, 0.3, 0.95) * faintest
     image += np.where(tissue == Tissue.WHITE_MATTER, strength * patches, 0.0)
 
 
@@ -172,7 +221,9 @@ def _add_lesions(
     between = np.exp(uniform(rng, 0.1, 0.4) * smooth_field(rng, shape, uniform(rng, 6.0, 14.0)))
     within = 1.0 + uniform(rng, 0.0, 0.2) * smooth_field(rng, shape, 2.5)
     excess = np.clip(typical * between * within, 0.0, LESION_CONTRAST[1] - 1.0 + 0.3)
-    profile = ndimage.gaussian_filter(lesions, uniform(rng, 0.4, 1.3))
+    # plaques have sharp borders, vascular haloes fade
+    blur_mm = uniform(rng, 0.4, 1.3) if rng.random() < 0.75 else uniform(rng, 1.3, 2.5)
+    profile = ndimage.gaussian_filter(lesions, blur_mm)
     # small foci lose height in the blur: give back part of what a scanner would still show
     bright = image + excess * profile
     if rng.random() < 0.3:  # grey matter hosts are no brighter for being lesions twice over

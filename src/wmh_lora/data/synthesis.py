@@ -64,7 +64,7 @@ def synthesize(rng: np.random.Generator, anatomy: Anatomy, bank: MaskBank | None
     tissue, to_mni_mm = deform(rng, anatomy)
     distance_mm = ventricle_distance(tissue)
     lesions = draw_lesions(rng, tissue, to_mni_mm, distance_mm, bank)
-    painted, reference = paint(rng, tissue, lesions, distance_mm)
+    painted, reference = paint(rng, tissue, lesions, distance_mm, to_mni_mm)
     solid = ((tissue > Tissue.CSF) & (tissue < Tissue.BONE)).astype(np.float32)
     smooth = ndimage.gaussian_filter(solid, 2.5)
     keep = None
@@ -123,7 +123,18 @@ def deform(rng: np.random.Generator, anatomy: Anatomy) -> tuple[LabelArray, Floa
     tissue = source.ravel()[flat]
     # a cut through the neck continues beyond the map's floor; other sides are air
     tissue[outside] = Tissue.AIR
+    _widen_sulci(rng, tissue)
     return tissue, to_mni
+
+
+def _widen_sulci(rng: np.random.Generator, tissue: LabelArray) -> None:
+    """Let fluid take the outermost millimetre of cortex here and there, as with age."""
+    if rng.random() < 0.6:
+        return
+    cortex = tissue == Tissue.CORTEX
+    outer = ndimage.binary_dilation(tissue == Tissue.CSF) & cortex
+    shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
+    tissue[outer & (smooth_field(rng, shape, 20.0) > uniform(rng, -1.0, 1.0))] = Tissue.CSF
 
 
 def _pose(rng: np.random.Generator) -> FloatArray:
@@ -144,7 +155,7 @@ def _pose(rng: np.random.Generator) -> FloatArray:
 
 def _ventricle_shift(rng: np.random.Generator, source: LabelArray, where: FloatArray) -> FloatArray:
     """Return (3, x, y, z) a shift towards the ventricles: they grow, as with age, or shrink."""
-    growth_mm = uniform(rng, -2.0, 7.0) if rng.random() < 0.7 else 0.0
+    growth_mm = 12.0 * rng.random() ** 2 - 2.0 if rng.random() < 0.75 else 0.0
     coarse = ndimage.distance_transform_edt(source[::4, ::4, ::4] != Tissue.VENTRICLE) * 4.0
     slope = np.stack(np.gradient(ndimage.gaussian_filter(coarse, 1.0), 4.0))
     at = where / 4.0

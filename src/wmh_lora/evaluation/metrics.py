@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import KDTree
 
-from wmh_lora.errors import ConfigError, GridMismatchError
+from wmh_lora.errors import ConfigError
+from wmh_lora.evaluation.masks import BoolArray, as_masks, challenge_masks, cropped
 
 __all__ = [
     "ChallengeMetrics",
@@ -40,12 +41,6 @@ __all__ = [
     "precision",
     "recall",
 ]
-
-BoolArray = NDArray[np.bool_]
-
-#: Labels of the challenge's reference masks.
-WMH_LABEL = 1
-OTHER_PATHOLOGY_LABEL = 2
 
 #: Voxels that share a face, an edge or a corner belong to one lesion (26-connected in 3-D).
 _FULL_CONNECTIVITY = ndimage.generate_binary_structure(3, 3)
@@ -66,6 +61,8 @@ class ChallengeMetrics:
         Absolute volume difference in percent of the reference volume.
     reference_ml, prediction_ml : float
         Volumes in millilitres.
+    reference_lesions, prediction_lesions : int
+        Numbers of 26-connected components.
     """
 
     dice: float
@@ -78,41 +75,12 @@ class ChallengeMetrics:
     recall: float
     reference_ml: float
     prediction_ml: float
+    reference_lesions: int
+    prediction_lesions: int
 
     def to_dict(self) -> dict[str, float]:
         """Return the measures as a plain dictionary, in the order of the attributes."""
         return asdict(self)
-
-
-def challenge_masks(
-    reference: NDArray[Any], prediction: NDArray[Any]
-) -> tuple[BoolArray, BoolArray]:
-    """Turn label images into the two binary masks that the challenge compares.
-
-    Parameters
-    ----------
-    reference : array (I, J, K)
-        Labels: 1 white matter hyperintensity, 2 other pathology, anything else background.
-    prediction : array (I, J, K)
-        Binary mask, labels (>= 1) or probabilities (>= 0.5).
-
-    Returns
-    -------
-    reference_mask, prediction_mask : bool arrays (I, J, K)
-        Voxels of other pathology are background in both, so that they are neither demanded
-        nor punished; this is done before components are counted.
-
-    Raises
-    ------
-    GridMismatchError
-        If the two shapes differ.
-    """
-    reference, prediction = np.asarray(reference), np.asarray(prediction)
-    _check_shapes(reference, prediction)
-    reference_mask = (reference >= WMH_LABEL - 0.5) & (reference <= WMH_LABEL + 0.5)
-    other = (reference >= OTHER_PATHOLOGY_LABEL - 0.5) & (reference <= OTHER_PATHOLOGY_LABEL + 0.5)
-    prediction_mask = (prediction >= 0.5) & ~other
-    return reference_mask, prediction_mask
 
 
 def dice(reference: NDArray[Any], prediction: NDArray[Any]) -> float:
@@ -139,7 +107,7 @@ def dice(reference: NDArray[Any], prediction: NDArray[Any]) -> float:
     >>> dice(np.array([[[1, 1, 0, 0]]]), np.array([[[0, 1, 1, 0]]]))
     0.5
     """
-    reference_mask, prediction_mask = _as_masks(reference, prediction)
+    reference_mask, prediction_mask = as_masks(reference, prediction)
     total = int(reference_mask.sum()) + int(prediction_mask.sum())
     if total == 0:
         return math.nan
@@ -148,13 +116,13 @@ def dice(reference: NDArray[Any], prediction: NDArray[Any]) -> float:
 
 def precision(reference: NDArray[Any], prediction: NDArray[Any]) -> float:
     """Share of predicted voxels that the reference holds; NaN when nothing is predicted."""
-    reference_mask, prediction_mask = _as_masks(reference, prediction)
+    reference_mask, prediction_mask = as_masks(reference, prediction)
     return _share(int((reference_mask & prediction_mask).sum()), int(prediction_mask.sum()))
 
 
 def recall(reference: NDArray[Any], prediction: NDArray[Any]) -> float:
     """Share of reference voxels that were predicted; NaN when the reference is empty."""
-    reference_mask, prediction_mask = _as_masks(reference, prediction)
+    reference_mask, prediction_mask = as_masks(reference, prediction)
     return _share(int((reference_mask & prediction_mask).sum()), int(reference_mask.sum()))
 
 
@@ -168,7 +136,7 @@ def avd_percent(reference: NDArray[Any], prediction: NDArray[Any]) -> float:
     float
         |P - R| / R x 100, from 0 up without bound; NaN when the reference is empty.
     """
-    reference_mask, prediction_mask = _as_masks(reference, prediction)
+    reference_mask, prediction_mask = as_masks(reference, prediction)
     reference_voxels = int(reference_mask.sum())
     return 100.0 * _share(abs(int(prediction_mask.sum()) - reference_voxels), reference_voxels)
 
@@ -232,14 +200,15 @@ def hd95(
     ConfigError
         If the spacing is not three positive finite numbers.
     """
-    reference_mask, prediction_mask = _as_masks(reference, prediction)
+    reference_mask, prediction_mask = as_masks(reference, prediction)
     spacing = _checked_spacing(spacing_mm)
-    reference_mm = np.argwhere(boundary(reference_mask, slice_axis=slice_axis)) * spacing
-    prediction_mm = np.argwhere(boundary(prediction_mask, slice_axis=slice_axis)) * spacing
-    if len(reference_mm) == 0 or len(prediction_mm) == 0:
+    reference_mask, prediction_mask = cropped(reference_mask, prediction_mask)
+    reference_edge = boundary(reference_mask, slice_axis=slice_axis)
+    prediction_edge = boundary(prediction_mask, slice_axis=slice_axis)
+    if not reference_edge.any() or not prediction_edge.any():
         return math.nan
-    to_reference, _ = KDTree(reference_mm).query(prediction_mm)
-    to_prediction, _ = KDTree(prediction_mm).query(reference_mm)
+    to_reference = _distances_mm(prediction_edge, reference_edge, spacing)
+    to_prediction = _distances_mm(reference_edge, prediction_edge, spacing)
     return float(max(np.percentile(to_reference, 95), np.percentile(to_prediction, 95)))
 
 
@@ -271,8 +240,8 @@ def lesion_recall(reference: NDArray[Any], prediction: NDArray[Any]) -> float:
         In [0, 1]; 1 when the reference holds no lesion (nothing can be missed), as the
         challenge defines it.
     """
-    reference_mask, prediction_mask = _as_masks(reference, prediction)
-    return _touched_share(reference_mask, prediction_mask)
+    reference_mask, prediction_mask = as_masks(reference, prediction)
+    return _share_of_lesions(*_touched(reference_mask, prediction_mask))
 
 
 def lesion_precision(reference: NDArray[Any], prediction: NDArray[Any]) -> float:
@@ -283,8 +252,8 @@ def lesion_precision(reference: NDArray[Any], prediction: NDArray[Any]) -> float
     float
         In [0, 1]; 1 when nothing is predicted, as the challenge defines it.
     """
-    reference_mask, prediction_mask = _as_masks(reference, prediction)
-    return _touched_share(prediction_mask, reference_mask)
+    reference_mask, prediction_mask = as_masks(reference, prediction)
+    return _share_of_lesions(*_touched(prediction_mask, reference_mask))
 
 
 def lesion_f1(reference: NDArray[Any], prediction: NDArray[Any]) -> float:
@@ -295,11 +264,9 @@ def lesion_f1(reference: NDArray[Any], prediction: NDArray[Any]) -> float:
     float
         In [0, 1]; 0 when both are 0, 1 when both masks are empty.
     """
-    recalled = lesion_recall(reference, prediction)
-    precise = lesion_precision(reference, prediction)
-    if recalled + precise == 0.0:
-        return 0.0
-    return 2.0 * recalled * precise / (recalled + precise)
+    return _harmonic_mean(
+        lesion_recall(reference, prediction), lesion_precision(reference, prediction)
+    )
 
 
 def evaluate(
@@ -327,47 +294,59 @@ def evaluate(
     ConfigError
         If the spacing is not three positive finite numbers.
     """
-    reference_mask, prediction_mask = challenge_masks(reference, prediction)
     voxel_ml = float(np.prod(_checked_spacing(spacing_mm))) / 1000.0
+    # Lesions fill a small part of a scan, and nothing outside their box changes any measure.
+    reference_mask, prediction_mask = cropped(*challenge_masks(reference, prediction))
+    recalled, reference_lesions = _touched(reference_mask, prediction_mask)
+    precise, prediction_lesions = _touched(prediction_mask, reference_mask)
+    recall_of_lesions = _share_of_lesions(recalled, reference_lesions)
+    precision_of_lesions = _share_of_lesions(precise, prediction_lesions)
     return ChallengeMetrics(
         dice=dice(reference_mask, prediction_mask),
         hd95_mm=hd95(reference_mask, prediction_mask, spacing_mm, slice_axis=slice_axis),
         avd_percent=avd_percent(reference_mask, prediction_mask),
-        lesion_recall=lesion_recall(reference_mask, prediction_mask),
-        lesion_f1=lesion_f1(reference_mask, prediction_mask),
-        lesion_precision=lesion_precision(reference_mask, prediction_mask),
+        lesion_recall=recall_of_lesions,
+        lesion_f1=_harmonic_mean(recall_of_lesions, precision_of_lesions),
+        lesion_precision=precision_of_lesions,
         precision=precision(reference_mask, prediction_mask),
         recall=recall(reference_mask, prediction_mask),
         reference_ml=int(reference_mask.sum()) * voxel_ml,
         prediction_ml=int(prediction_mask.sum()) * voxel_ml,
+        reference_lesions=reference_lesions,
+        prediction_lesions=prediction_lesions,
     )
 
 
-def _touched_share(lesions: BoolArray, other: BoolArray) -> float:
+def _distances_mm(
+    start: BoolArray, goal: BoolArray, spacing_mm: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Distance from each voxel of `start` to the nearest one of `goal`, in no order."""
+    apart = np.argwhere(start & ~goal) * spacing_mm
+    distances = np.zeros(int(start.sum()))  # voxels in both are at no distance
+    if len(apart):
+        distances[: len(apart)], _ = KDTree(np.argwhere(goal) * spacing_mm).query(apart)
+    return distances
+
+
+def _touched(lesions: BoolArray, other: BoolArray) -> tuple[int, int]:
+    """Return how many components of `lesions` hold a voxel of `other`, and how many there are."""
     labels, n = label_lesions(lesions)
-    if n == 0:
-        return 1.0
-    touched = np.unique(labels[other])
-    return int((touched > 0).sum()) / n
+    hits = np.bincount(labels[other], minlength=n + 1)
+    return int(np.count_nonzero(hits[1:])), n
+
+
+def _share_of_lesions(touched: int, lesions: int) -> float:
+    return touched / lesions if lesions else 1.0
+
+
+def _harmonic_mean(recalled: float, precise: float) -> float:
+    if recalled + precise == 0.0:
+        return 0.0
+    return 2.0 * recalled * precise / (recalled + precise)
 
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
-
-
-def _as_masks(reference: NDArray[Any], prediction: NDArray[Any]) -> tuple[BoolArray, BoolArray]:
-    reference, prediction = np.asarray(reference), np.asarray(prediction)
-    _check_shapes(reference, prediction)
-    return reference != 0, prediction != 0
-
-
-def _check_shapes(reference: NDArray[Any], prediction: NDArray[Any]) -> None:
-    if reference.shape != prediction.shape or reference.ndim != 3:
-        raise GridMismatchError(
-            "A reference and a prediction are compared voxel by voxel and must be 3-D arrays of "
-            f"one shape; found {reference.shape} and {prediction.shape}. Resample one to the "
-            "other's grid first."
-        )
 
 
 def _checked_spacing(spacing_mm: Sequence[float]) -> NDArray[np.float64]:

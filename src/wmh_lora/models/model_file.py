@@ -2,17 +2,19 @@
 
 Tensors
     ``adapter.*`` and ``decoder.*``: every parameter and every buffer of these modules, BatchNorm's
-    running statistics included. ``lora.<module>.lora_a`` and ``.lora_b``: the adapters of the
-    encoder. The frozen base weights are not in the file; it names them and their checksum.
+    running statistics included. ``lora.<module>.lora_a`` and so on: the adapters of the encoder,
+    see `wmh_lora.models.lora`. The frozen base weights are not in the file; it names them and
+    their checksum. Of an encoder that was trained in full, ``encoder.*`` holds everything instead.
 Metadata
     Under the key ``wmh_lora``, a JSON object with the fields of `ModelCard`.
 
-Floating-point tensors may be stored in half precision, except running statistics: a variance can
-be below what float16 represents.
+Floating-point tensors may be stored in half precision, except running statistics (a variance can be
+below what float16 represents) and DoRA's magnitudes (they scale whole rows of the base weights).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,10 +27,23 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from wmh_lora._version import __version__
-from wmh_lora.config import InferenceConfig, ModelConfig, PreprocessConfig, from_dict, to_dict
+from wmh_lora.config import (
+    Adaptation,
+    InferenceConfig,
+    ModelConfig,
+    PreprocessConfig,
+    from_dict,
+    to_dict,
+)
 from wmh_lora.errors import AdapterMismatchError, ConfigError, WeightsError
 from wmh_lora.files import file_sha256, open_atomic
-from wmh_lora.models.lora import check_tensors, extract_lora, lora_shapes, merge_lora
+from wmh_lora.models.lora import (
+    check_tensors,
+    extract_lora,
+    lora_settings,
+    lora_shapes,
+    merge_lora,
+)
 from wmh_lora.models.network import WMHNet, build_network, fuse_for_inference
 from wmh_lora.models.weights import resolve_base_weights
 
@@ -40,14 +55,15 @@ __all__ = [
     "load_network",
     "load_trained_parts",
     "read_model_card",
+    "rewrite_card",
     "save_model",
+    "weights_sha256",
 ]
 
 FORMAT_VERSION = 1
 METADATA_KEY = "wmh_lora"
 _LORA = "lora."
-_MODULES = ("adapter", "decoder")
-_FULL_PRECISION = ("running_mean", "running_var")
+_FULL_PRECISION = ("running_mean", "running_var", ".magnitude")
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,7 @@ class ModelCard:
     inference : InferenceConfig
         Default threshold, component size and test-time augmentation.
     base_sha256 : str
-        Checksum of the base encoder's checkpoint, hexadecimal.
+        Checksum of the base encoder's checkpoint, hexadecimal; empty if there was none.
     training : dict
         Training data and procedure, in words and figures.
     metrics : dict
@@ -76,6 +92,9 @@ class ModelCard:
         Version of the package that wrote the file.
     format_version : int
         Of this layout.
+    base_seed : int or None
+        Where the base encoder has random weights: the seed that they are made from. Such a model
+        needs no base weights and is of use for tests and benchmarks alone.
     """
 
     name: str
@@ -88,15 +107,23 @@ class ModelCard:
     licence: str = ""
     package_version: str = __version__
     format_version: int = FORMAT_VERSION
+    base_seed: int | None = None
 
 
 # --- writing --------------------------------------------------------------------------------
 
 
-def save_model(path: str | Path, net: WMHNet, card: ModelCard, *, half: bool = False) -> None:
+def save_model(
+    path: str | Path,
+    net: WMHNet,
+    card: ModelCard,
+    *,
+    half: bool = False,
+    overwrite: bool = True,
+) -> None:
     """Write the trained parts of ``net`` to one file.
 
-    The file appears under its name only when it is complete; an existing one is replaced.
+    The file appears under its name only when it is complete.
 
     Parameters
     ----------
@@ -108,6 +135,8 @@ def save_model(path: str | Path, net: WMHNet, card: ModelCard, *, half: bool = F
         Metadata; ``card.model`` must be the settings ``net`` was built from.
     half : bool
         Store floating-point tensors, except running statistics, as float16.
+    overwrite : bool
+        Replace a file that exists.
 
     Raises
     ------
@@ -116,7 +145,7 @@ def save_model(path: str | Path, net: WMHNet, card: ModelCard, *, half: bool = F
     WeightsError
         If a trained value is NaN or infinite.
     DataError
-        If the file cannot be written.
+        If the file cannot be written, or exists and is not to be replaced.
     """
     tensors = _trained_tensors(net)
     check_tensors(tensors, _expected_shapes(card.model), "the settings of the model card")
@@ -125,16 +154,60 @@ def save_model(path: str | Path, net: WMHNet, card: ModelCard, *, half: bool = F
         if not torch.isfinite(stored).all():
             raise WeightsError(f"The trained tensor {name!r} is not finite; {path} is not written.")
         tensors[name] = stored
+    _write(path, tensors, card, overwrite=overwrite)
+
+
+def rewrite_card(
+    path: str | Path, card: ModelCard, *, target: str | Path | None = None, overwrite: bool = False
+) -> None:
+    """Give a model file another card; its tensors stay bit for bit as they are stored.
+
+    Parameters
+    ----------
+    path : str or Path
+        Model file.
+    card : ModelCard
+        Its network and base encoder must be those of the file.
+    target : str or Path, optional
+        Where the result goes; by default it takes the place of the file.
+    overwrite : bool
+        Replace a ``target`` that exists.
+
+    Raises
+    ------
+    AdapterMismatchError
+        If the card describes another network.
+    WeightsError, DataError
+        If the file is absent, damaged or not a model, or the result cannot be written.
+    """
+    before, tensors = _read(path, with_tensors=True)
+    for name in ("model", "preprocess", "base_sha256", "base_seed"):
+        if getattr(before, name) != getattr(card, name):
+            raise AdapterMismatchError(
+                f"The new card of {path} has another {name!r} than the file's tensors were "
+                "trained with; only what does not change the network's output can be rewritten."
+            )
+    _write(target or path, tensors, card, overwrite=overwrite or target is None)
+
+
+def _write(
+    path: str | Path, tensors: dict[str, Tensor], card: ModelCard, *, overwrite: bool
+) -> None:
     metadata = {METADATA_KEY: json.dumps(to_dict(card), sort_keys=True)}
     content = serialise(tensors, metadata)
-    with open_atomic(path, overwrite=True) as stream:
+    with open_atomic(path, overwrite=overwrite) as stream:
         stream.write(content)
 
 
+def _stored_modules(adaptation: Adaptation) -> tuple[str, ...]:
+    """Parts of the network that are stored whole."""
+    return ("adapter", "decoder", *(["encoder"] if adaptation == "full" else []))
+
+
 def _trained_tensors(net: WMHNet) -> dict[str, Tensor]:
-    """Every parameter and buffer of adapter and decoder, and the LoRA factors, on the CPU."""
+    """Every parameter and buffer of the stored parts, and the LoRA factors, on the CPU."""
     tensors = {f"{_LORA}{name}": tensor for name, tensor in extract_lora(net.encoder).items()}
-    for prefix in _MODULES:
+    for prefix in _stored_modules(net.adaptation):
         module: nn.Module = getattr(net, prefix)
         for name, tensor in module.state_dict().items():
             tensors[f"{prefix}.{name}"] = tensor.detach().cpu()
@@ -196,6 +269,23 @@ def read_model_card(path: str | Path) -> ModelCard:
     return _read(path, with_tensors=False)[0]
 
 
+def weights_sha256(path: str | Path) -> str:
+    """Return a checksum of a model file's tensors alone, which a new card does not change.
+
+    Raises
+    ------
+    WeightsError
+        If the file is absent, damaged or not a model.
+    """
+    _, tensors = _read(path, with_tensors=True)
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load_model_file(path: str | Path) -> tuple[ModelCard, dict[str, Tensor]]:
     """Read a model file and check it against the network its card describes.
 
@@ -224,11 +314,16 @@ def load_model_file(path: str | Path) -> tuple[ModelCard, dict[str, Tensor]]:
 
 def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in the file of a network with these settings."""
-    # On the meta device this would load torch's compiler, seconds of start-up.
-    net = build_network(config, None, for_training=False)
-    lora = lora_shapes(net.encoder, config.lora_rank, config.lora_targets)
+    return _stored_shapes(
+        build_network(config, None, for_training=False, unset_encoder=True), config
+    )
+
+
+def _stored_shapes(net: WMHNet, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the file of this network, which has no adapters yet."""
+    lora = lora_shapes(net.encoder, lora_settings(config))
     shapes = {f"{_LORA}{name}": shape for name, shape in lora.items()}
-    for prefix in _MODULES:
+    for prefix in _stored_modules(config.adaptation):
         module: nn.Module = getattr(net, prefix)
         for name, tensor in module.state_dict().items():
             shapes[f"{prefix}.{name}"] = tuple(tensor.shape)
@@ -236,11 +331,11 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def load_trained_parts(net: WMHNet, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy adapter and decoder into ``net``; return the LoRA tensors, named as by `extract_lora`.
+    """Copy all but LoRA into ``net``; return the LoRA tensors, named as by `extract_lora`.
 
     The LoRA tensors then go to `merge_lora` (inference) or `load_lora_into_peft` (training on).
     """
-    for prefix in _MODULES:
+    for prefix in _stored_modules(net.adaptation):
         start = f"{prefix}."
         module: nn.Module = getattr(net, prefix)
         module.load_state_dict(
@@ -259,7 +354,8 @@ def load_network(
     path : str or Path
         Model file.
     base_weights : str or Path, optional
-        Checkpoint of the base encoder; by default the installed or cached one.
+        Checkpoint of the base encoder; by default the installed or cached one. Not looked at if
+        the model needs none: it holds the whole encoder, or was made on random weights.
 
     Returns
     -------
@@ -275,6 +371,23 @@ def load_network(
         If the model file or the base weights are absent or damaged.
     """
     card, tensors = load_model_file(path)
+    config = card.model
+    full = config.adaptation == "full"
+    base = None
+    if not full and card.base_seed is None:
+        base = _matching_base_weights(path, card, base_weights)
+    net = build_network(
+        config, base, for_training=False, base_seed=card.base_seed, unset_encoder=full
+    )
+    lora = load_trained_parts(net, tensors)
+    merge_lora(net.encoder, lora, lora_settings(config))
+    return fuse_for_inference(net), card
+
+
+def _matching_base_weights(
+    path: str | Path, card: ModelCard, base_weights: str | Path | None
+) -> Path:
+    """Checkpoint of the base encoder, verified to be the one the model was trained on."""
     base = resolve_base_weights(card.model.encoder, base_weights)
     found = file_sha256(base)
     if found != card.base_sha256:
@@ -283,14 +396,4 @@ def load_network(
             f"{card.base_sha256[:12]}..., but {base} has {found[:12]}...; use the weights it was "
             f"trained on."
         )
-    config = card.model
-    net = build_network(config, base, for_training=False)
-    lora = load_trained_parts(net, tensors)
-    merge_lora(
-        net.encoder,
-        lora,
-        alpha=config.lora_alpha,
-        rank=config.lora_rank,
-        targets=config.lora_targets,
-    )
-    return fuse_for_inference(net), card
+    return base

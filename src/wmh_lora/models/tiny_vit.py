@@ -100,6 +100,8 @@ class TinyViT(nn.Module):
     ----------
     pyramid_channels, pyramid_strides : tuple of int
         Channels and strides of the maps that `forward_pyramid` returns.
+    size_multiple : int
+        Height and width of the images must be multiples of it.
 
     Examples
     --------
@@ -110,6 +112,7 @@ class TinyViT(nn.Module):
 
     pyramid_channels: ClassVar[tuple[int, int, int, int]] = (64, 128, 160, 256)
     pyramid_strides: ClassVar[tuple[int, int, int, int]] = (1, 2, 4, 4)
+    size_multiple: ClassVar[int] = SIZE_MULTIPLE
 
     def __init__(self) -> None:
         super().__init__()

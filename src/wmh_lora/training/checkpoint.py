@@ -1,8 +1,8 @@
 """Checkpoints from which training resumes bit for bit on CPU.
 
 A checkpoint holds what the base weights and the configuration do not: trained parameters,
-buffers, optimiser moments, averaged weights, the state of torch's random generator (dropout)
-and the position in the sample stream. Frozen parameters are not stored.
+buffers, optimiser moments, averaged weights, the scale of the loss and the position in the sample
+stream. Frozen parameters are not stored; random numbers follow from the seed and the step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wmh_lora.errors import WeightsError
+from wmh_lora.errors import DataError, WeightsError
+from wmh_lora.files import write_failure
 from wmh_lora.models.lora import load_lora_into_peft
 from wmh_lora.models.model_file import ModelCard, load_model_file, load_trained_parts, save_model
 from wmh_lora.models.network import build_network
@@ -66,25 +67,25 @@ class Checkpoint:
         Trained parameters and all buffers by name.
     optimizer
         ``state_dict`` of the optimiser.
-    rng_state
-        State of torch's global CPU generator.
     average
         Exponential moving average of the trained parameters; empty if it is off.
     best_score, best_step
         Best validation score so far and its step (-1: none yet).
     validated_step
         Step of the last finished validation.
+    scaler
+        ``state_dict`` of the loss scaling of half precision; empty without.
     """
 
     step: int
     samples_seen: int
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
-    rng_state: Tensor
     average: dict[str, Tensor] = field(default_factory=dict)
     best_score: float = float("-inf")
     best_step: int = -1
     validated_step: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
 
 
 def trained_state(net: nn.Module) -> dict[str, Tensor]:
@@ -118,11 +119,29 @@ def load_trained_state(net: nn.Module, state: Mapping[str, Tensor], source: str)
             tensor.copy_(state[name])
 
 
-def save_checkpoint(checkpoint: Checkpoint, folder: Path, keep: int = 2) -> Path:
-    """Write ``folder/step_<step>.pt`` atomically and delete all but the ``keep`` newest.
+def save_checkpoint(
+    checkpoint: Checkpoint, folder: Path, keep: int = 2, keep_steps: int = 0
+) -> Path:
+    """Write ``folder/step_<step>.pt`` atomically and delete older ones.
 
     The file is on the disk before it takes its name, so a kill or a power cut at any moment
     leaves the previous checkpoint usable.
+
+    Parameters
+    ----------
+    checkpoint
+        What to write.
+    folder
+        Made if it is not there.
+    keep
+        So many of the newest stay.
+    keep_steps
+        Those at multiples of it stay, too; 0 for none.
+
+    Raises
+    ------
+    DataError
+        The file cannot be written, because the disk is full for example.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{checkpoint.step:08d}.pt"
@@ -133,11 +152,26 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path, keep: int = 2) -> Path
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        # torch's writer hides the reason behind an error of its own
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise DataError(
+            f"The checkpoint {path} could not be written: {write_failure(path, reason)}. The one "
+            "before it is untouched; --resume continues from there."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    for stale in [*checkpoint_paths(folder)[keep:], *folder.glob(".step_*.tmp")]:
-        stale.unlink(missing_ok=True)
+    older = checkpoint_paths(folder)[keep:]
+    stale = [p for p in older if not keep_steps or _step(p) % keep_steps]
+    for file in [*stale, *folder.glob(".step_*.tmp")]:
+        file.unlink(missing_ok=True)
     return path
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.partition("_")[2])
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
@@ -208,8 +242,8 @@ def export_model(
     for name in ("training", "metrics"):
         meta[name] = {**getattr(card, name), **meta.get(name, {})}
     card = replace(card, **meta)
-    # The file holds no tensor of the frozen encoder, so a random one serves.
-    net = build_network(card.model, None, for_training=True)
+    # A frozen encoder is not in the file and does not matter; one trained in full is loaded next.
+    net = build_network(card.model, None, for_training=True, unset_encoder=True)
     load_lora_into_peft(net.encoder, load_trained_parts(net, tensors))
     save_model(out, net, card, half=half)
     return card
@@ -219,6 +253,7 @@ def _read(path: Path) -> Checkpoint:
     content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
         raise WeightsError(f"{path} is not a checkpoint of format {_FORMAT} of this program.")
+    content.pop("rng_state", None)  # of versions whose dropout drew from one stream
     return Checkpoint(**content)
 
 

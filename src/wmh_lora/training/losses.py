@@ -4,8 +4,9 @@ As in the WMH-LoRA description: focal [1]_ + soft Dice [2]_ + boundary-weighted 
 fused output, focal + soft Dice on the heads. Everything is computed in float32, whatever autocast
 is in force: squares of small probabilities vanish in half precision.
 
-Shapes: logits and targets (B, n, H, W), targets in [0, 1]; ``valid`` (B, n) is True where a case is
-labelled for a structure. Unlabelled structures add nothing to the loss and get no gradient.
+Shapes: logits and targets (B, n, H, W), targets in [0, 1]; ``known`` says what is labelled. It is
+(B, n), True where a case is labelled for a structure, or (B, n, H, W), the share of each pixel that
+is labelled. What is not labelled adds nothing to the loss and gets no gradient.
 
 References
 ----------
@@ -107,9 +108,9 @@ class LossTerms:
 
 
 def focal(
-    logits: Tensor, target: Tensor, valid: Tensor, *, alpha: float = 0.75, gamma: float = 2.0
+    logits: Tensor, target: Tensor, known: Tensor, *, alpha: float = 0.75, gamma: float = 2.0
 ) -> Tensor:
-    """Focal loss of each structure, (n,): the mean over pixels and valid cases.
+    """Focal loss of each structure, (n,): the mean over what is known.
 
     ``alpha_t |target - p|^gamma`` times the cross-entropy: for binary targets the original
     definition, and for soft ones a loss that is least at ``p = target``.
@@ -117,47 +118,57 @@ def focal(
     p = torch.sigmoid(logits)
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     alpha_t = alpha * target + (1 - alpha) * (1 - target)
-    return _mean_over_valid(alpha_t * (target - p).abs().pow(gamma) * entropy, valid)
+    return _mean_over_known(alpha_t * (target - p).abs().pow(gamma) * entropy, known)
 
 
-def soft_dice(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Soft Dice loss of each structure, (n,), pooled over the valid cases of the batch.
+def soft_dice(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """Soft Dice loss of each structure, (n,), pooled over what is known in the batch.
 
     ``1 - 2 sum(p t) / (sum(p) + sum(t))``. Pooling keeps crops without lesions, on which a Dice of
     their own would be all or nothing, from dominating. A structure with no valid case has loss 0.
     """
-    mask = valid[:, :, None, None].to(logits.dtype)
-    p = torch.sigmoid(logits) * mask
-    target = target * mask
+    weight = _pixel_weight(known, logits)
+    p = torch.sigmoid(logits) * weight
     overlap = (p * target).mean(dim=(0, 2, 3))
-    area = p.mean(dim=(0, 2, 3)) + target.mean(dim=(0, 2, 3))
+    area = p.mean(dim=(0, 2, 3)) + (target * weight).mean(dim=(0, 2, 3))
     return 1 - (2 * overlap + _DICE_SMOOTHING) / (area + _DICE_SMOOTHING)
 
 
-def boundary_band(target: Tensor) -> Tensor:
+def boundary_band(target: Tensor, known: Tensor | None = None) -> Tensor:
     """Dilation minus erosion with a 5 x 5 square, in [0, 1] like ``target`` (B, n, H, W).
 
-    Outside the image nothing is assumed: the border itself is no boundary.
+    Outside the image, and where pixels are not ``known`` (B, n, H, W), nothing is assumed: the
+    border of either is no boundary.
     """
     pad = _BAND_PX // 2
-    dilated = F.max_pool2d(target, _BAND_PX, stride=1, padding=pad)
-    eroded = -F.max_pool2d(-target, _BAND_PX, stride=1, padding=pad)
-    return dilated - eroded
+    inside, outside = target, 1 - target
+    if known is not None:
+        inside, outside = inside * (known > 0), outside * (known > 0)
+    grown, shrunk = (F.max_pool2d(t, _BAND_PX, stride=1, padding=pad) for t in (inside, outside))
+    # 1 - shrunk is the erosion; a square that holds nothing known would come out below 0
+    return (grown + shrunk - 1).clamp(min=0)
 
 
-def boundary_bce(logits: Tensor, target: Tensor, valid: Tensor, *, weight: float = 3.0) -> Tensor:
+def boundary_bce(logits: Tensor, target: Tensor, known: Tensor, *, weight: float = 3.0) -> Tensor:
     """Cross-entropy of each structure, (n,), with pixels of the boundary band ``weight`` times."""
-    pixel_weight = 1 + (weight - 1) * boundary_band(target)
+    band = boundary_band(target, known if known.ndim == 4 else None)
     entropy = F.binary_cross_entropy_with_logits(
-        logits, target, weight=pixel_weight, reduction="none"
+        logits, target, weight=1 + (weight - 1) * band, reduction="none"
     )
-    return _mean_over_valid(entropy, valid)
+    return _mean_over_known(entropy, known)
 
 
-def _mean_over_valid(pixel_loss: Tensor, valid: Tensor) -> Tensor:
-    """Mean of (B, n, H, W) over pixels and valid cases, (n,); 0 where no case is valid."""
-    mask = valid.to(pixel_loss.dtype)
-    return (pixel_loss.mean(dim=(2, 3)) * mask).sum(dim=0) / mask.sum(dim=0).clamp(min=1)
+def _pixel_weight(known: Tensor, like: Tensor) -> Tensor:
+    """``known`` as weights (B, n, H, W) or (B, n, 1, 1)."""
+    weight = known.to(like.dtype)
+    return weight if weight.ndim == 4 else weight[:, :, None, None]
+
+
+def _mean_over_known(pixel_loss: Tensor, known: Tensor) -> Tensor:
+    """Mean of (B, n, H, W) over what is known, (n,); 0 where nothing is."""
+    weight = _pixel_weight(known, pixel_loss).expand_as(pixel_loss)
+    # The bound is far below one pixel at any level: it only keeps 0 / 0 away.
+    return (pixel_loss * weight).sum(dim=(0, 2, 3)) / weight.sum(dim=(0, 2, 3)).clamp(min=1e-6)
 
 
 class SegmentationLoss:
@@ -198,7 +209,8 @@ class SegmentationLoss:
         output : DecoderOutput
             Logits, of any floating type.
         target : Tensor
-            (B, n, H, W) in [0, 1]; ignored (may be anything, NaN too) where not valid.
+            (B, n, H, W) in [0, 1], NaN in pixels that are neither the structure nor background;
+            ignored (may be anything) where not valid.
         valid : Tensor
             (B, n), bool.
 
@@ -215,28 +227,32 @@ class SegmentationLoss:
                 f"found {tuple(target.shape)} and {tuple(valid.shape)}."
             )
         with torch.autocast(logits.device.type, enabled=False):
-            target = torch.where(valid[:, :, None, None], target.float(), 0.0)
-            return self._compute(output, target, valid)
+            known = valid[:, :, None, None] & ~target.isnan()
+            target = torch.where(known, target.float(), 0.0)
+            return self._compute(output, target, known.float())
 
-    def _compute(self, output: DecoderOutput, target: Tensor, valid: Tensor) -> LossTerms:
-        """Compute in float32, with a clean target."""
+    def _compute(self, output: DecoderOutput, target: Tensor, known: Tensor) -> LossTerms:
+        """Compute in float32, with a clean target and the weight of each pixel."""
         config = self.config
         logits = output.fused_logits.float()
         weights = self.structure_weights.to(logits.device)
-        dice = soft_dice(logits, target, valid)
+        dice = soft_dice(logits, target, known)
         terms = {
-            "focal": (weights * self._focal(logits, target, valid)).sum(),
+            "focal": (weights * self._focal(logits, target, known)).sum(),
             "dice": (weights * dice).sum(),
             "boundary": (
-                weights * boundary_bce(logits, target, valid, weight=config.boundary_weight)
+                weights * boundary_bce(logits, target, known, weight=config.boundary_weight)
             ).sum(),
             "heads": logits.new_zeros(()),
         }
         for weight, head in zip(config.head_weights, output.head_logits, strict=True):
-            # An exact average where sizes divide: a coarse pixel's target is its lesion share.
-            coarse = F.adaptive_avg_pool2d(target, (head.shape[-2], head.shape[-1]))
+            # An exact average where sizes divide: a coarse pixel's target is the lesion share of
+            # what is known in it, and it weighs as much as is known.
+            size = (head.shape[-2], head.shape[-1])
+            share = F.adaptive_avg_pool2d(known, size)
+            coarse = F.adaptive_avg_pool2d(target, size) / torch.where(share > 0, share, 1.0)
             head_logits = head.float()
-            losses = self._focal(head_logits, coarse, valid) + soft_dice(head_logits, coarse, valid)
+            losses = self._focal(head_logits, coarse, share) + soft_dice(head_logits, coarse, share)
             terms["heads"] = terms["heads"] + weight * (weights * losses).sum()
         total = torch.stack(list(terms.values())).sum()
         parts = {name: term.detach() for name, term in terms.items()}
@@ -244,7 +260,7 @@ class SegmentationLoss:
             parts[f"dice/{name}"] = value
         return LossTerms(total, parts)
 
-    def _focal(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    def _focal(self, logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
         """Focal loss with this loss's settings."""
         config = self.config
-        return focal(logits, target, valid, alpha=config.focal_alpha, gamma=config.focal_gamma)
+        return focal(logits, target, known, alpha=config.focal_alpha, gamma=config.focal_gamma)

@@ -7,6 +7,7 @@ import json
 import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,26 @@ import torch
 from wmh_lora._version import __version__
 from wmh_lora.config import InferenceConfig, from_dict, to_dict
 from wmh_lora.data.dataset import build_stream
+from wmh_lora.data.slices import SliceStream
+from wmh_lora.data.sources import DataConfig, read_labelled, relative_to_root
 from wmh_lora.errors import ConfigError
 from wmh_lora.files import open_atomic
+from wmh_lora.models.encoders import encoder_spec
 from wmh_lora.models.model_file import ModelCard, file_sha256, save_model
 from wmh_lora.models.network import WMHNet, build_network
 from wmh_lora.models.weights import resolve_base_weights
 from wmh_lora.training.checkpoint import checkpoint_paths
+from wmh_lora.training.logbook import RunLogs
 from wmh_lora.training.losses import SegmentationLoss
-from wmh_lora.training.settings import RunConfig
+from wmh_lora.training.processes import Processes
+from wmh_lora.training.settings import RunConfig, ValidationCase
 from wmh_lora.training.trainer import Trainer
 from wmh_lora.training.validate import Validator, validation_files
 
-__all__ = ["read_run_folder", "train"]
+__all__ = ["read_run_folder", "train", "with_split_validation"]
 
 _log = logging.getLogger("wmh_lora")
+_CHANNELS = 3  # of `wmh_lora.preprocess.context_stack`
 
 
 def train(
@@ -37,7 +44,7 @@ def train(
     run_dir: Path,
     *,
     resume: bool = False,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
 ) -> bool:
     """Train a model as ``config`` says.
 
@@ -47,12 +54,12 @@ def train(
         The whole configuration.
     run_dir
         Folder of the run: ``config.json``, ``environment.json``, ``data.json`` (every file used
-        with SHA-256), ``metrics.jsonl``, ``checkpoints/``, ``best.safetensors`` and
-        ``last.safetensors``.
+        with SHA-256, and the split), ``metrics.jsonl``, ``checkpoints/``, ``best.safetensors``,
+        ``last.safetensors`` and ``curves.png``.
     resume
         Continue from the newest checkpoint in ``run_dir``.
     on_step
-        Called after every step with the steps done and the loss.
+        Called after every step with the steps done, the steps in all and the loss.
 
     Returns
     -------
@@ -63,27 +70,98 @@ def train(
     ------
     ConfigError
         If a setting is wrong, data are absent, or the folder holds another run.
+    DataError
+        If files have changed since the manifest was made; the message names all of them.
     """
     settings = config.training
+    processes = Processes.launched(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    config = with_split_validation(config)
     validate = Validator(config) if config.validation else None
-    base_weights = resolve_base_weights(config.model.encoder, settings.base_weights or None)
+    base_weights = _base_weights(config)
     net = build_network(config.model, base_weights, for_training=True, seed=settings.seed)
-    stream = build_stream(
-        config.data, settings.seed, settings.crop, config.preprocess, config.model.structures
-    )
-    _prepare_folder(config, run_dir, resume, stream.files())
+    _check_sizes(config, net.size_multiple)
+    if settings.gradient_checkpointing:
+        _checkpoint_gradients(net.encoder, config.model.encoder)
+    stream = _build_stream(config, run_dir, processes)
+    config = _in_steps(config, stream)
+    if processes.first:
+        _prepare_folder(config, run_dir, resume, stream.files())
+    logs = RunLogs(run_dir, tensorboard=config.training.tensorboard) if processes.first else None
     trainer = Trainer(
         net,
         SegmentationLoss(config.model.structures, config.loss),
         stream,
-        settings,
+        config.training,
         run_dir,
         validate=validate,
-        save_model=functools.partial(_save_model, config, file_sha256(base_weights)),
+        save_model=functools.partial(
+            _save_model, config, "" if base_weights is None else file_sha256(base_weights)
+        ),
+        on_record=logs,
+        processes=processes,
     )
-    return trainer.run(resume=resume, on_step=on_step)
+    steps = config.training.steps
+
+    def show(step: int, loss: float) -> None:
+        if on_step is not None and processes.first:
+            on_step(step, steps, loss)
+
+    finished = trainer.run(resume=resume, on_step=show)
+    if logs is not None:
+        logs.close()
+    return finished
+
+
+def with_split_validation(config: RunConfig) -> RunConfig:
+    """Fill the validation scans in from the split, unless the configuration lists its own."""
+    data = from_dict(DataConfig, config.data)
+    if config.validation or not data.manifest:
+        return config
+    part = read_labelled(data, "validation")
+    cases = []
+    for scan in part.scans:
+        image, mask = (
+            relative_to_root(part.manifest.file(path), data) for path in (scan.image, scan.mask)
+        )
+        cases.append(ValidationCase(image, mask, scan.name))
+    if not cases:
+        _log.warning("the split has no validation part: no best model is chosen, only the last")
+    return replace(config, validation=tuple(cases))
+
+
+def _build_stream(config: RunConfig, run_dir: Path, processes: Processes) -> Any:
+    """Make the stream of samples; the first process alone fills the caches."""
+    settings = config.training
+
+    def build() -> Any:
+        return build_stream(
+            config.data,
+            settings.seed,
+            settings.crop,
+            config.preprocess,
+            config.model.structures,
+            settings.samples_per_step,
+            run_dir / "cache",
+        )
+
+    stream = build() if processes.first else None
+    processes.any(False)
+    return build() if stream is None else stream
+
+
+def _in_steps(config: RunConfig, stream: Any) -> RunConfig:
+    """Resolve the settings in epochs."""
+    settings = config.training
+    if not settings.epochs:
+        return config
+    if not isinstance(stream, SliceStream):
+        raise ConfigError(
+            "training.epochs counts passes over the slices of a manifest, and synthetic scans have "
+            "no end: set training.steps instead, or data.real_lanes = 0 for the manifest alone."
+        )
+    return replace(config, training=settings.in_steps(stream.epoch_samples))
 
 
 def read_run_folder(run_dir: Path) -> RunConfig:
@@ -99,6 +177,46 @@ def read_run_folder(run_dir: Path) -> RunConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{run_dir} holds no readable config.json of a run: {error}.") from error
     return from_dict(RunConfig, table)
+
+
+def _base_weights(config: RunConfig) -> Path | None:
+    """Checkpoint that the encoder begins with; None for an encoder that has none."""
+    encoder, given = config.model.encoder, config.training.base_weights
+    if encoder_spec(encoder).load is not None:
+        return resolve_base_weights(encoder, given or None)
+    if given:
+        raise ConfigError(
+            f"The encoder {encoder!r} has no base weights; leave out training.base_weights."
+        )
+    return None
+
+
+def _check_sizes(config: RunConfig, multiple: int) -> None:
+    """Raise ConfigError unless the network can take the crops and the scans."""
+    if config.model.in_channels != _CHANNELS:
+        raise ConfigError(
+            f"model.in_channels = {config.model.in_channels}, but preprocessing makes {_CHANNELS}: "
+            "the slice and a neighbour on each side."
+        )
+    sizes = {
+        "training.crop": config.training.crop,
+        "preprocess.multiple_px": config.preprocess.multiple_px,
+    }
+    for name, size in sizes.items():
+        if size % multiple:
+            raise ConfigError(
+                f"{name} = {size} does not suit the network, whose images have sides that are "
+                f"multiples of {multiple} pixels."
+            )
+
+
+def _checkpoint_gradients(encoder: Any, name: str) -> None:
+    if not hasattr(encoder, "gradient_checkpointing"):
+        raise ConfigError(
+            f"The encoder {name!r} has no gradient checkpointing; leave out "
+            "training.gradient_checkpointing."
+        )
+    encoder.gradient_checkpointing = True
 
 
 def _save_model(
@@ -140,10 +258,14 @@ def _prepare_folder(
         },
     )
     parts = {"training": training_files, "validation": validation_files(config)}
-    _write_json(
-        run_dir / "data.json",
-        {name: {str(p): file_sha256(p) for p in paths} for name, paths in parts.items()},
-    )
+    record: dict[str, Any] = {
+        name: {str(p): file_sha256(p) for p in paths} for name, paths in parts.items()
+    }
+    data = from_dict(DataConfig, config.data)
+    if data.manifest:
+        part = read_labelled(data, "train")
+        record["split"] = {"manifest_sha256": part.manifest.sha256, **to_dict(part.split)}
+    _write_json(run_dir / "data.json", record)
 
 
 def _compare(before: RunConfig, now: RunConfig, run_dir: Path) -> None:

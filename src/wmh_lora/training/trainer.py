@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 from wmh_lora.errors import ConfigError, WMHError
 from wmh_lora.models.decoder import DecoderOutput
 from wmh_lora.models.network import WMHNet
+from wmh_lora.training.average import averaged_weights, copy_parameters, update_average
 from wmh_lora.training.batches import Batch, StreamLike, batch_loader
 from wmh_lora.training.checkpoint import (
     Checkpoint,
@@ -29,14 +27,20 @@ from wmh_lora.training.checkpoint import (
     trained_state,
 )
 from wmh_lora.training.losses import LossTerms
+from wmh_lora.training.optimizer import parameter_groups, with_current_settings
+from wmh_lora.training.processes import Processes, RunningStatistics
 from wmh_lora.training.records import append_record, finite, forget_records_after
 from wmh_lora.training.schedule import learning_rate
 from wmh_lora.training.settings import TrainingConfig
+from wmh_lora.training.signals import catch_stop_signals
 
-__all__ = ["Loss", "Trainer", "parameter_groups"]
+__all__ = ["Loss", "Trainer"]
 
 _log = logging.getLogger("wmh_lora")
 _MAX_BAD_STEPS = 20
+# Random streams of their own: the samples of the same seed use others.
+_T1_DRAWS, _DROPOUT_DRAWS = 2, 3
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Loss = Callable[[DecoderOutput, Tensor, Tensor], LossTerms]
 SaveModel = Callable[[WMHNet, Path, Mapping[str, Any]], None]
@@ -49,13 +53,13 @@ class Trainer:
     Parameters
     ----------
     net
-        Network with LoRA attached.
+        Network built for training; it is moved to the device of ``processes``.
     loss
         Called with the network's output, target (B, n, h, w) and valid (B, n).
     stream
         Source of samples; sample number ``i`` is ``stream.item(i)``.
     config
-        Settings of the run.
+        Settings of the run, in steps.
     run_dir
         Folder of ``metrics.jsonl``, ``checkpoints/``, ``best.safetensors``, ``last.safetensors``.
     validate
@@ -63,6 +67,15 @@ class Trainer:
         ``score``; the mean of the scores picks the best model.
     save_model
         Called with the network, a path and metadata; writes a model file.
+    on_record
+        Called with every record that was written to ``metrics.jsonl``.
+    processes
+        Who trains together; this process alone by default.
+
+    Raises
+    ------
+    ConfigError
+        If nothing can be trained, or there are more processes than micro-batches in a step.
     """
 
     def __init__(
@@ -75,50 +88,94 @@ class Trainer:
         *,
         validate: Validate | None = None,
         save_model: SaveModel | None = None,
+        on_record: Callable[[Mapping[str, Any]], None] | None = None,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes()
+        if self.processes.count > config.accumulation:
+            raise ConfigError(
+                f"{self.processes.count} processes cannot share the {config.accumulation} "
+                "micro-batches of a step: raise training.accumulation (and lower batch_size)."
+            )
         self.net, self.loss, self.stream, self.config = net, loss, stream, config
+        self.net.to(self.processes.device)
         self.run_dir = run_dir
-        self.validate, self.save_model = validate, save_model
+        self.validate, self.save_model, self.on_record = validate, save_model, on_record
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError("the network has no parameter that requires a gradient.")
         self.optimizer = torch.optim.AdamW(parameter_groups(net, config), betas=config.betas)
-        self.average = self._copy_parameters() if config.ema_decay > 0 else {}
+        self.scaler = torch.amp.GradScaler(
+            self.processes.device.type, enabled=config.precision == "fp16"
+        )
+        self.average = copy_parameters(net) if config.ema_decay > 0 else {}
         self.steps_done = 0
         self.samples_seen = 0
         self.best_score, self.best_step = -math.inf, -1
         self.validated_step = 0
         self._saved: tuple[int, int] | None = None
         self._bad_steps = 0
-        self._stop_requested = False
+        self._stop_requested = False  # of this process
+        self._stopping = False  # of all
         self._metrics = run_dir / "metrics.jsonl"
 
     def step(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """One optimiser step over ``accumulation`` batches; returns losses, norm and data wait."""
-        config, record, wait = self.config, {"loss": 0.0}, 0.0
+        """One optimiser step over ``accumulation`` batches; returns losses, norm and data wait.
+
+        Of several processes, each takes its share of the batches, and returns the same losses.
+        """
+        config, processes, wait = self.config, self.processes, 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.steps_done, group["peak_lr"], config)
-        for _ in range(config.accumulation):
+        statistics = RunningStatistics(self.net) if processes.count > 1 else None
+        totals: dict[str, Tensor] = {}
+        for part in range(processes.rank, config.accumulation, processes.count):
             started = time.perf_counter()
             batch = next(batches)
             wait += time.perf_counter() - started
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-                output = self.net.forward_train(batch.image)
-            loss = self.loss(output, batch.target, batch.valid)
-            (loss.total / config.accumulation).backward()
-            for name, value in {"loss": loss.total.detach(), **loss.parts}.items():
-                record[name] = record.get(name, 0.0) + float(value) / config.accumulation
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, config.grad_clip))
-        if math.isfinite(norm) and math.isfinite(record["loss"]):
-            self.optimizer.step()
-            self._bad_steps = 0
-        else:
-            self._refuse_step(record["loss"], norm)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._update_average()
+            for name, value in self._backward(batch.to(processes.device), part).items():
+                totals[name] = totals.get(name, 0.0) + value / config.accumulation
+            if statistics is not None:
+                statistics.collect(config.accumulation - 1 - part)
+        values = torch.stack(list(totals.values()))
+        stop = torch.tensor([float(self._stop_requested)])
+        changes = [] if statistics is None else statistics.changes
+        processes.sum_gradients(self.parameters, [values, stop, *changes])
+        if statistics is not None:
+            statistics.finish(config.accumulation)
+        self._stopping = bool(stop > 0)
+        record = dict(zip(totals, values.tolist(), strict=True))
+        norm = self._update(record["loss"])
         self.steps_done += 1
         self.samples_seen += config.samples_per_step
         return {**record, "grad_norm": norm, "data_wait_s": wait}
+
+    def _backward(self, batch: Batch, part: int) -> dict[str, Tensor]:
+        """Add the gradients of micro-batch ``part`` of this step; returns its losses."""
+        config, device = self.config, self.processes.device.type
+        # Dropout as a function of the step and the micro-batch, whoever computes it.
+        draws = np.random.SeedSequence([config.seed, _DROPOUT_DRAWS, self.steps_done, part])
+        torch.manual_seed(int(draws.generate_state(1)[0]))
+        half = _HALF.get(config.precision)
+        with torch.autocast(device, half, enabled=half is not None):
+            output = self.net.forward_train(batch.image, *self._visible_t1(batch, part))
+        loss = self.loss(output, batch.target, batch.valid)
+        self.scaler.scale(loss.total / config.accumulation).backward()
+        return {"loss": loss.total.detach(), **loss.parts}
+
+    def _update(self, loss: float) -> float:
+        """Change the weights, if loss and gradient are finite; returns the gradient's norm."""
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip))
+        if math.isfinite(norm) and math.isfinite(loss):
+            self.scaler.step(self.optimizer)
+            self._bad_steps = 0
+        else:
+            self._refuse_step(loss, norm)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        update_average(self.average, self.net, self.steps_done, self.config.ema_decay)
+        return norm
 
     def run(
         self, *, resume: bool = False, on_step: Callable[[int, float], None] | None = None
@@ -141,23 +198,25 @@ class Trainer:
         ------
         ConfigError
             If the run folder holds checkpoints and ``resume`` is False.
+        DataError
+            If a checkpoint cannot be written; the one before it is still there.
         WMHError
             If the loss stays non-finite.
         """
         config = self.config
         self._start(resume)
-        batches = iter(batch_loader(self.stream, config, self.samples_seen))
+        batches = iter(batch_loader(self.stream, config, self.samples_seen, self.processes))
         self.net.train()
         window: list[dict[str, float]] = []
         window_started = last_saved = time.monotonic()
-        with self._catch_signals():
-            while not self._stop_requested:
+        with catch_stop_signals(self._request_stop):
+            while not self._stopping:
                 if self._validation_due():
                     self._save()  # a whole-scan validation is long; a kill must not cost the steps
-                    self._validate()
+                    self._validate_together()
                     self._save()
                     window_started = time.monotonic()
-                if self.steps_done >= config.steps or self._stop_requested:
+                if self.steps_done >= config.steps or self._stopping:
                     break
                 window.append(self.step(batches))
                 if on_step is not None:
@@ -165,22 +224,25 @@ class Trainer:
                 if self.steps_done % config.log_steps == 0 or self.steps_done == config.steps:
                     self._log_window(window, time.monotonic() - window_started)
                     window, window_started = [], time.monotonic()
-                minutes = (time.monotonic() - last_saved) / 60
-                by_steps = (
-                    config.checkpoint_steps and self.steps_done % config.checkpoint_steps == 0
-                )
-                if by_steps or 0 < config.checkpoint_minutes <= minutes:
+                if self._checkpoint_due(time.monotonic() - last_saved):
                     self._save()
                     last_saved = time.monotonic()
             self._save()
         self._export("last.safetensors", {})
         return self.steps_done >= config.steps
 
+    def _visible_t1(self, batch: Batch, part: int) -> tuple[Tensor | None, Tensor | None]:
+        """T1 of a batch and where it is shown: hidden at random, as a function of the step."""
+        if batch.t1 is None or batch.t1_present is None or not self.net.adapter.t1_channels:
+            return None, None
+        rng = np.random.default_rng([self.config.seed, _T1_DRAWS, self.steps_done, part])
+        shown = rng.random(len(batch.t1)) >= self.config.t1_dropout
+        return batch.t1, batch.t1_present & torch.from_numpy(shown).to(batch.t1.device)
+
     # -- state -------------------------------------------------------------------------------
 
     def _start(self, resume: bool) -> None:
         """Restore the newest checkpoint, or begin."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         folder = self.run_dir / "checkpoints"
         if not resume and any(folder.glob("step_*.pt")):
             raise ConfigError(
@@ -190,23 +252,30 @@ class Trainer:
         checkpoint = load_newest_checkpoint(folder) if resume else None
         if checkpoint is None:
             _log.info("training from step 0 in %s", self.run_dir)
-            # Initial weights were drawn by the caller; dropout starts from the seed.
-            torch.manual_seed(self.config.seed)
-            self._metrics.write_text("", encoding="utf-8")
+            if self.processes.first:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                self._metrics.write_text("", encoding="utf-8")
+            self.processes.any(False)  # the others have looked before anything is written
             return
         load_trained_state(self.net, checkpoint.model, f"the checkpoint in {folder}")
-        self.optimizer.load_state_dict(_with_current_settings(checkpoint, self.optimizer))
+        self.optimizer.load_state_dict(with_current_settings(checkpoint, self.optimizer))
         if self.average:
-            self.average = checkpoint.average or self._copy_parameters()
+            saved = checkpoint.average or copy_parameters(self.net)
+            self.average = {
+                name: saved[name].to(mean.device) for name, mean in self.average.items()
+            }
         self.steps_done, self.samples_seen = checkpoint.step, checkpoint.samples_seen
         self.best_score, self.best_step = checkpoint.best_score, checkpoint.best_step
         self.validated_step = checkpoint.validated_step
-        torch.set_rng_state(checkpoint.rng_state)
-        forget_records_after(self._metrics, checkpoint.step, checkpoint.validated_step)
+        if checkpoint.scaler:
+            self.scaler.load_state_dict(checkpoint.scaler)
+        if self.processes.first:
+            forget_records_after(self._metrics, checkpoint.step, checkpoint.validated_step)
+        self.processes.any(False)  # as above
         _log.info("resumed at step %d in %s", checkpoint.step, self.run_dir)
 
     def _save(self) -> None:
-        if self._saved == (self.steps_done, self.validated_step):
+        if not self.processes.first or self._saved == (self.steps_done, self.validated_step):
             return
         self._saved = (self.steps_done, self.validated_step)
         checkpoint = Checkpoint(
@@ -214,16 +283,29 @@ class Trainer:
             samples_seen=self.samples_seen,
             model=trained_state(self.net),
             optimizer=self.optimizer.state_dict(),
-            rng_state=torch.get_rng_state(),
-            average=self.average,
+            average={name: mean.cpu() for name, mean in self.average.items()},
             best_score=self.best_score,
             best_step=self.best_step,
             validated_step=self.validated_step,
+            scaler=self.scaler.state_dict(),
         )
+        config = self.config
         path = save_checkpoint(
-            checkpoint, self.run_dir / "checkpoints", self.config.keep_checkpoints
+            checkpoint, self.run_dir / "checkpoints", config.keep_checkpoints, config.keep_steps
         )
         _log.info("checkpoint %s", path)
+
+    def _checkpoint_due(self, seconds: float) -> bool:
+        """Whether one of the intervals has passed, ``seconds`` after the last checkpoint."""
+        for steps in (self.config.checkpoint_steps, self.config.keep_steps):
+            if steps and self.steps_done % steps == 0:
+                return True
+        return 0 < self.config.checkpoint_minutes <= seconds / 60
+
+    def _request_stop(self) -> None:
+        self._stop_requested = True
+        # Several processes agree at the end of their step.
+        self._stopping = self._stopping or self.processes.count == 1
 
     def _validation_due(self) -> bool:
         """Whether this step asks for a validation that has not been done (before a resume, say)."""
@@ -241,47 +323,21 @@ class Trainer:
                 f"to step {self.steps_done + 1}. Lower the learning rates, or set precision fp32."
             )
 
-    # -- averaged weights ----------------------------------------------------------------------
-
-    def _copy_parameters(self) -> dict[str, Tensor]:
-        named = self.net.named_parameters()
-        return {name: p.detach().clone() for name, p in named if p.requires_grad}
-
-    def _update_average(self) -> None:
-        # The decay grows from 0 so that the initial weights are forgotten early in the run.
-        decay = min(self.config.ema_decay, (1 + self.steps_done) / (10 + self.steps_done))
-        parameters = dict(self.net.named_parameters())
-        for name, mean in self.average.items():
-            mean.lerp_(parameters[name].detach(), 1 - decay)
-
-    @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """Network in evaluation mode, with averaged weights if there are any.
-
-        Random numbers drawn meanwhile do not move the generator that dropout uses.
-        """
-        own = self._copy_parameters() if self.average else {}
-        parameters = dict(self.net.named_parameters())
-        self.net.eval()
-        try:
-            with torch.no_grad():
-                for name, mean in self.average.items():
-                    parameters[name].copy_(mean)
-            with torch.random.fork_rng(devices=[]):
-                yield
-        finally:
-            with torch.no_grad():
-                for name, value in own.items():
-                    parameters[name].copy_(value)
-            self.net.train()
-
     # -- validation and records ------------------------------------------------------------------
+
+    def _validate_together(self) -> None:
+        """The first process validates, the others wait for it."""
+        if self.processes.first:
+            self._validate()
+        elif self._validation_due():
+            self.validated_step = self.steps_done
+        self._stopping = self.processes.any(self._stop_requested)
 
     def _validate(self) -> None:
         assert self.validate is not None
         started = time.monotonic()
         scores: list[float] = []
-        with self._averaged_weights():
+        with averaged_weights(self.net, self.average):
             for record in self.validate(self.net):
                 if self._stop_requested:
                     return
@@ -300,8 +356,8 @@ class Trainer:
         self._record("validation_mean", {**summary, "seconds": seconds})
 
     def _export(self, name: str, metadata: Mapping[str, Any]) -> None:
-        if self.save_model is not None:
-            with self._averaged_weights():
+        if self.save_model is not None and self.processes.first:
+            with averaged_weights(self.net, self.average):
                 self.save_model(
                     self.net, self.run_dir / name, {"step": self.steps_done, **finite(metadata)}
                 )
@@ -314,74 +370,22 @@ class Trainer:
         record |= {"seconds": seconds, "samples_per_s": samples / seconds}
         self._record("train", {**record, "data_wait": wait / seconds})
         _log.info(
-            "step %d/%d loss %.4f  %.2f samples/s  data wait %.0f %%",
+            "step %d/%d loss %.4f  %.2f samples/s  data wait %.0f %%  %s left",
             self.steps_done,
             self.config.steps,
             record["loss"],
             record["samples_per_s"],
             100 * wait / seconds,
+            timedelta(seconds=round((self.config.steps - self.steps_done) * seconds / len(window))),
         )
 
     def _record(self, kind: str, values: Mapping[str, Any]) -> None:
-        append_record(self._metrics, {"step": self.steps_done, "kind": kind, **values})
-
-    @contextmanager
-    def _catch_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask for a stop after this step; a second one acts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may set handlers
+        if not self.processes.first:
             return
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        previous = {number: signal.getsignal(number) for number in numbers}
-
-        def request_stop(number: int, frame: FrameType | None) -> None:
-            _log.warning("%s: stopping after this step", signal.Signals(number).name)
-            self._stop_requested = True
-            signal.signal(number, previous[signal.Signals(number)])
-
-        try:
-            for number in numbers:
-                signal.signal(number, request_stop)
-            yield
-        finally:
-            for number in numbers:
-                signal.signal(number, previous[number])
-
-
-def parameter_groups(net: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
-    """Trained parameters by kind, each kind as two groups: with and without weight decay.
-
-    Vectors and scalars (biases, norms, fusion weights) are not decayed.
-    """
-    peaks = {
-        "lora": config.lora_lr,
-        "adapter": config.adapter_lr,
-        "decoder": config.decoder_lr,
-    }
-    kinds: dict[str, tuple[list[Tensor], list[Tensor]]] = {kind: ([], []) for kind in peaks}
-    for name, parameter in net.named_parameters():
-        if parameter.requires_grad:
-            kind = "lora" if "lora_" in name else "adapter" if "adapter" in name else "decoder"
-            kinds[kind][parameter.ndim < 2].append(parameter)
-    groups: list[dict[str, Any]] = []
-    for kind, (decayed, plain) in kinds.items():
-        common = {"name": kind, "peak_lr": peaks[kind], "lr": peaks[kind]}
-        groups.append({"params": decayed, "weight_decay": config.weight_decay, **common})
-        groups.append({"params": plain, "weight_decay": 0.0, **common})
-    return groups
-
-
-def _with_current_settings(
-    checkpoint: Checkpoint, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Saved moments with the learning rates and decay of the present configuration."""
-    state = dict(checkpoint.optimizer)
-    changeable = ("peak_lr", "weight_decay", "betas")
-    state["param_groups"] = [
-        {**saved, **{key: present[key] for key in changeable}}
-        for saved, present in zip(state["param_groups"], optimizer.param_groups, strict=True)
-    ]
-    return state
+        record = {"step": self.steps_done, "kind": kind, **values}
+        append_record(self._metrics, record)
+        if self.on_record is not None:
+            self.on_record(record)
 
 
 def _brief(record: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from wmh_lora.data.sources import OTHER_PATHOLOGY
 from wmh_lora.errors import ConfigError, GridMismatchError
 from wmh_lora.evaluation.metrics import dice
 from wmh_lora.files import image_stem
@@ -37,6 +38,7 @@ class _LoadedCase:
     stride: int
     prepared: Prepared
     reference: BoolArray
+    counted: BoolArray  # False in other pathology
     healthy: bool
     voxel_volume_ml: float
 
@@ -81,6 +83,7 @@ class Validator:
             )
             if case.stride == 1:
                 probability = restore(probability, case.prepared)
+            probability = np.where(case.counted, probability, np.float32(0))
             record = {"case": case.name, **_score(case, probability)}
             yield {**record, "seconds": time.monotonic() - started}
 
@@ -120,13 +123,14 @@ def predict_probability(
         Probabilities in [0, 1].
     """
     indices = range(0, len(prepared.slices), stride)
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
     planes = []
     with torch.inference_mode():
         for first in range(0, len(indices), batch):
             stack = context_stack(prepared, indices[first : first + batch])
-            output = net(torch.from_numpy(np.ascontiguousarray(stack)))
+            output = net(torch.from_numpy(np.ascontiguousarray(stack)).to(device))
             logits = output if isinstance(output, torch.Tensor) else output[0]
-            planes.append(lesion_probability(logits, structures).numpy())
+            planes.append(lesion_probability(logits, structures).cpu().numpy())
     return np.concatenate(planes).astype(np.float32, copy=False)
 
 
@@ -153,15 +157,17 @@ def best_dice(
 def _load(case: ValidationCase, config: RunConfig) -> _LoadedCase:
     image = config.resolve(case.image)
     volume = Volume.read(image)
-    reference = np.zeros(volume.shape, dtype=np.bool_)
+    labels = np.zeros(volume.shape, dtype=np.float32)
     if case.reference:
         path = config.resolve(case.reference)
-        reference = Volume.read(path, allow_constant=True).data > 0.5
-        if reference.shape != volume.shape:
+        labels = np.rint(Volume.read(path, allow_constant=True).data)
+        if labels.shape != volume.shape:
             raise GridMismatchError(
-                f"{path} has shape {reference.shape}, its image {image} has {volume.shape}. "
+                f"{path} has shape {labels.shape}, its image {image} has {volume.shape}. "
                 "Resample the reference to the grid of the image."
             )
+    counted = labels != OTHER_PATHOLOGY
+    reference = (labels > 0) & counted
     healthy = not reference.any()
     prepared = preprocess(volume, config.preprocess)
     stride = case.stride or config.training.validation_stride
@@ -170,11 +176,12 @@ def _load(case: ValidationCase, config: RunConfig) -> _LoadedCase:
         # Slices that are left out cannot be restored: compare on the grid of the network.
         on_grid = to_model_grid(reference.astype(np.float32), prepared)
         reference = on_grid[::stride] >= 0.5
+        counted = to_model_grid(counted.astype(np.float32), prepared)[::stride] > 0.5
         slices = len(prepared.slices)
         pixel_ml = config.preprocess.pixel_size_mm**2 * prepared.view.spacing_mm[0] / 1000
         element_ml = pixel_ml * slices / len(reference)
     name = case.name or image_stem(image)
-    return _LoadedCase(name, stride, prepared, reference, healthy, element_ml)
+    return _LoadedCase(name, stride, prepared, reference, counted, healthy, element_ml)
 
 
 def _score(case: _LoadedCase, probability: FloatArray) -> dict[str, Any]:

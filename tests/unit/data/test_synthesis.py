@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from wmh_lora.data.acquisition import acquire
+from wmh_lora.data.acquisition import _interpolate, acquire
 from wmh_lora.data.anatomy import Anatomy, Tissue, mni_anatomy
 from wmh_lora.data.fields import smooth_field, upsample
 from wmh_lora.data.lesions import (
     MaskBank,
+    _within_hosts,
+    confluent,
     draw_lesions,
     periventricular,
     punctate,
@@ -73,11 +75,12 @@ def test_lesions_are_brighter_than_the_white_matter_around_them() -> None:
     anatomy = mni_anatomy()
     tissue = anatomy.tissue[20:130, 40:150, 60:100]
     distance = ventricle_distance(tissue)
+    far_from_tracts = np.full((3, 4, 4, 4), 100.0, dtype=np.float32)
     ratios = []
     for seed in range(12):
         rng = np.random.default_rng(seed)
         lesions = punctate(rng, distance, tissue)
-        image, reference = paint(rng, tissue, lesions, distance)
+        image, reference = paint(rng, tissue, lesions, distance, far_from_tracts)
         inside = (reference > 0) & (tissue == Tissue.WHITE_MATTER)
         if inside.sum() < 20:
             continue
@@ -116,6 +119,47 @@ def test_lesions_keep_to_the_brain_and_bands_to_the_ventricles() -> None:
     assert np.median(distance[band]) < 15.0
 
 
+def test_confluent_patches_stay_in_white_matter_and_vary_in_load() -> None:
+    tissue = mni_anatomy().tissue
+    distance = ventricle_distance(tissue)
+    white_ml = (tissue == Tissue.WHITE_MATTER).sum() / 1000.0
+    loads = []
+    for seed in range(6):
+        patches = confluent(np.random.default_rng(seed), distance, tissue) > 0
+        assert not patches[tissue != Tissue.WHITE_MATTER].any()
+        loads.append(patches.sum() / 1000.0)
+    assert min(loads) > 0.0
+    assert 4.0 < max(loads) < 0.3 * white_ml
+
+
+def test_drawn_lesions_reach_cortex_only_from_white_matter() -> None:
+    """Cortex that no white matter lesion touches must not be taught as lesion."""
+    tissue = np.full((20, 12, 12), Tissue.CORTEX, dtype=np.uint8)
+    tissue[:8] = Tissue.WHITE_MATTER
+    tissue[:, 10:] = Tissue.CSF
+    mask = _within_hosts(np.ones(tissue.shape, dtype=np.float32), tissue)
+    assert mask[:10, :10].all()
+    assert not mask[10:].any()
+    assert not mask[:, 10:].any()
+
+
+def test_the_wall_between_the_ventricles_is_no_lesion() -> None:
+    tissue = np.full((40, 40, 20), Tissue.WHITE_MATTER, dtype=np.uint8)
+    tissue[14:19, 10:30] = Tissue.VENTRICLE
+    tissue[21:26, 10:30] = Tissue.VENTRICLE
+    wall = (slice(19, 21), slice(14, 26), slice(4, 16))
+    distance = ventricle_distance(tissue)
+    none = np.zeros(tissue.shape, dtype=np.float32)
+    brightness = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        image, reference = paint(rng, tissue, none, distance, np.full((3, 6, 6, 4), 99.0))
+        assert not reference.any()
+        brightness.append(image[wall].mean() / image[5, 20, 10])
+    assert max(brightness) > 1.3, "sometimes as bright as a lesion"
+    assert min(brightness) < 1.15
+
+
 def test_masks_from_mni_space_land_where_they_were_drawn() -> None:
     anatomy = mni_anatomy()
     drawn = np.zeros((182, 218, 182), dtype=bool)
@@ -151,6 +195,12 @@ def test_slices_average_what_they_cover() -> None:
         volume = scan.masks.sum() * voxel_ml
         assert scan.masks.shape[1:] == scan.image.shape
         assert volume == pytest.approx(masks.sum(), rel=0.35)
+
+
+def test_interpolated_slices_lie_between_the_acquired_ones() -> None:
+    ramp = np.arange(5, dtype=np.float32)[None, None, :] * np.ones((2, 2, 1), dtype=np.float32)
+    finer = _interpolate(ramp, np.arange(0.0, 4.0 + 1e-6, 0.5), 2)
+    np.testing.assert_allclose(finer[1, 1], np.arange(0.0, 4.5, 0.5), atol=1e-6)
 
 
 def test_fields_are_smooth_and_of_unit_spread() -> None:

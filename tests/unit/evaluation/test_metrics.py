@@ -283,7 +283,60 @@ def test_evaluate_collects_every_measure() -> None:
         "recall": 0.5,
         "reference_ml": 0.01,
         "prediction_ml": 0.01,
+        "reference_lesions": 1,
+        "prediction_lesions": 1,
     }
+
+
+def official(
+    labels: NDArray[Any], prediction: NDArray[Any], spacing_mm: tuple[float, ...]
+) -> dict[str, float]:
+    """The challenge's five measures once more, voxel by voxel and from its description alone."""
+    reference = {tuple(v) for v in np.argwhere(labels == 1).tolist()}
+    found = {tuple(v) for v in np.argwhere((prediction > 0) & (labels != 2)).tolist()}
+    reference_mask, found_mask = np.zeros(labels.shape, bool), np.zeros(labels.shape, bool)
+    for voxels, mask in ((reference, reference_mask), (found, found_mask)):
+        for voxel in voxels:
+            mask[voxel] = True
+
+    def share(mask: NDArray[Any], other: set[tuple[int, ...]]) -> float:
+        components = slow_components(mask)
+        touched = [component for component in components if component & other]
+        return len(touched) / len(components) if components else 1.0
+
+    recall, precision = share(reference_mask, found), share(found_mask, reference)
+    total = len(reference) + len(found)
+    return {
+        "dice": 2 * len(reference & found) / total if total else math.nan,
+        "hd95_mm": slow_hd95(reference_mask, found_mask, spacing_mm),
+        "avd_percent": abs(len(found) - len(reference)) / len(reference) * 100
+        if reference
+        else math.nan,
+        "lesion_recall": recall,
+        "lesion_f1": 2 * recall * precision / (recall + precision) if recall + precision else 0.0,
+    }
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    density=st.floats(0.0, 0.3),
+    predicted=st.floats(0.0, 0.3),
+    margins=st.tuples(*(st.integers(0, 4) for _ in range(6))),
+)
+def test_evaluate_is_the_official_evaluation(
+    seed: int, density: float, predicted: float, margins: tuple[int, ...]
+) -> None:
+    """Labels 0 to 2 anywhere in a larger image, at its borders or not, and empty masks."""
+    rng = np.random.default_rng(seed)
+    around = [margins[i : i + 2] for i in (0, 2, 4)]
+    labels = np.pad(rng.choice(3, (5, 6, 3), p=(1 - density, density / 2, density / 2)), around)
+    prediction = np.pad((rng.random((5, 6, 3)) < predicted).astype(np.uint8), around)
+    spacing = (0.9, 1.1, 3.0)
+    scores = metrics.evaluate(labels, prediction, spacing)
+    expected = official(labels, prediction, spacing)
+    assert {key: getattr(scores, key) for key in expected} == pytest.approx(expected, nan_ok=True)
+    assert scores.reference_lesions == len(slow_components(labels == 1))
+    assert scores.prediction_lesions == len(slow_components((prediction > 0) & (labels != 2)))
 
 
 @pytest.mark.parametrize("metric", PAIRWISE)

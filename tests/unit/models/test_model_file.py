@@ -26,7 +26,9 @@ from wmh_lora.models.model_file import (
     load_network,
     load_trained_parts,
     read_model_card,
+    rewrite_card,
     save_model,
+    weights_sha256,
 )
 from wmh_lora.models.network import WMHNet, build_network
 
@@ -247,6 +249,88 @@ def test_other_base_weights_are_refused(path: Path, tmp_path: Path) -> None:
         load_network(path, other)
 
 
+def test_a_model_trained_in_full_holds_its_encoder(tmp_path: Path, card: ModelCard) -> None:
+    config = ModelConfig(
+        encoder="compact", adaptation="full", t1_channels=1, decoder_channels=(16, 8, 8, 8)
+    )
+    net = build_network(config, None, for_training=True, seed=8)
+    generator = torch.Generator().manual_seed(9)
+    x = torch.rand(2, 3, 16, 24, generator=generator)
+    with torch.no_grad():
+        net(x)  # moves the running statistics of the encoder, too
+    path = tmp_path / "compact.safetensors"
+    save_model(path, net.eval(), dataclasses.replace(card, model=config, base_sha256=""))
+    stored = load_file(path)
+    parts = {name.partition(".")[0] for name in stored}
+    assert parts == {"adapter", "decoder", "encoder"}
+    assert {n.removeprefix("encoder.") for n in stored if n.startswith("encoder.")} == set(
+        net.encoder.state_dict()
+    )
+    loaded, _ = load_network(path)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(x), net(x), atol=1e-4, rtol=1e-4)
+    _rewrite(path, to_dict(read_model_card(path)), **{"lora.x.lora_a": torch.zeros(1)})
+    with pytest.raises(AdapterMismatchError, match="unexpected"):
+        load_network(path)
+
+
 def test_norms_are_covered(net: WMHNet) -> None:
     """The network under test has what older model files lost: BatchNorm statistics."""
     assert sum(isinstance(module, nn.BatchNorm2d) for module in net.modules()) > 5
+
+
+class TestRewriteCard:
+    def test_changes_the_card_and_no_bit_of_the_tensors(
+        self, tmp_path: Path, net: WMHNet, card: ModelCard
+    ) -> None:
+        path = tmp_path / "half.safetensors"
+        save_model(path, net, card, half=True)
+        before, checksum = load_file(path), weights_sha256(path)
+        tuned = dataclasses.replace(
+            card, inference=InferenceConfig(threshold=0.3, tta="d4"), metrics={"dice": 0.7}
+        )
+        rewrite_card(path, tuned)
+        assert read_model_card(path) == tuned
+        assert weights_sha256(path) == checksum
+        after = load_file(path)
+        assert after.keys() == before.keys()
+        for name, tensor in after.items():
+            assert tensor.dtype == before[name].dtype
+            assert torch.equal(tensor, before[name]), name
+        assert [file.name for file in tmp_path.iterdir()] == ["half.safetensors"]
+
+    def test_writes_elsewhere_and_spares_what_is_there(self, path: Path, card: ModelCard) -> None:
+        target, checksum = path.with_name("tuned.safetensors"), file_sha256(path)
+        tuned = dataclasses.replace(card, name="tuned")
+        rewrite_card(path, tuned, target=target)
+        assert (read_model_card(target).name, file_sha256(path)) == ("tuned", checksum)
+        with pytest.raises(DataError, match="--overwrite"):
+            rewrite_card(path, card, target=target)
+        rewrite_card(path, card, target=target, overwrite=True)
+        assert read_model_card(target) == card
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"base_sha256": "1" * 64},
+            {"model": dataclasses.replace(CONFIG, lora_alpha=99)},
+            {"preprocess": PreprocessConfig(context_mm=9.0)},
+        ],
+    )
+    def test_refuses_what_the_tensors_were_not_trained_for(
+        self, path: Path, card: ModelCard, change: dict[str, Any]
+    ) -> None:
+        checksum = file_sha256(path)
+        with pytest.raises(AdapterMismatchError, match=next(iter(change))):
+            rewrite_card(path, dataclasses.replace(card, **change))
+        assert file_sha256(path) == checksum
+
+    def test_the_checksum_of_the_weights_sees_one_changed_value(
+        self, path: Path, card: ModelCard
+    ) -> None:
+        checksum = weights_sha256(path)
+        name, tensor = next(iter(sorted(load_file(path).items())))
+        changed = tensor.clone()
+        changed.view(-1)[0] += 1
+        _rewrite(path, to_dict(card), **{name: changed})
+        assert weights_sha256(path) != checksum

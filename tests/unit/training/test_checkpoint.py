@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import errno
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from wmh_lora.errors import WeightsError
+from wmh_lora.errors import DataError, WeightsError
 from wmh_lora.training.checkpoint import (
     Checkpoint,
     checkpoint_paths,
@@ -23,7 +25,6 @@ def _checkpoint(step: int) -> Checkpoint:
         samples_seen=4 * step,
         model={"weight": torch.full((3,), float(step))},
         optimizer={"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-3}]},
-        rng_state=torch.get_rng_state(),
     )
 
 
@@ -72,12 +73,55 @@ def test_a_failed_write_leaves_the_last_checkpoint(
     save_checkpoint(_checkpoint(1), tmp_path)
 
     def fail(*_: object) -> None:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(DataError, match=r"no space is left.*--resume"):
         save_checkpoint(_checkpoint(2), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001.pt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on the size of files")
+@pytest.mark.parametrize("limit_bytes", [1_000, 300_000], ids=["at once", "while it is written"])
+def test_a_disk_that_fills_up_is_named_and_the_run_goes_on(
+    fakes: ModuleType, tmp_path: Path, limit_bytes: int
+) -> None:
+    import resource
+
+    folder = tmp_path / "checkpoints"
+    fakes.tiny_trainer(tmp_path, steps=2).run()
+    kept = [path.read_bytes() for path in checkpoint_paths(folder)]
+    large = _checkpoint(3)
+    large.model["weight"] = torch.zeros(1_000_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        with pytest.raises(DataError, match=r"step_00000003\.pt could not be written.*--resume"):
+            save_checkpoint(large, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.read_bytes() for path in checkpoint_paths(folder)] == kept
+    assert len(list(folder.iterdir())) == len(kept), "no temporary file is left"
+    resumed = fakes.tiny_trainer(tmp_path, steps=4)
+    assert resumed.run(resume=True)
+    assert resumed.steps_done == 4
+
+
+def test_checkpoints_at_the_intervals_asked_for_stay(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        save_checkpoint(_checkpoint(step), tmp_path, keep=1, keep_steps=3)
+    assert [int(path.stem[5:]) for path in checkpoint_paths(tmp_path)] == [7, 6, 3]
+
+
+def test_a_checkpoint_with_a_random_state_still_loads(tmp_path: Path) -> None:
+    """Runs were started when dropout drew from one stream of random numbers."""
+    path = save_checkpoint(_checkpoint(3), tmp_path)
+    content = torch.load(path, weights_only=True)
+    del content["scaler"]
+    torch.save({**content, "rng_state": torch.get_rng_state()}, path)
+    newest = load_newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert (newest.step, newest.scaler) == (3, {})
 
 
 def test_frozen_parameters_are_not_stored(fakes: ModuleType) -> None:

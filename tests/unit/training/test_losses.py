@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -131,6 +132,21 @@ def test_an_unlabelled_structure_gets_exactly_no_gradient(
         assert torch.all(logits.grad[:, 0] != 0)
 
 
+@pytest.mark.parametrize("part", [focal, soft_dice, boundary_bce])
+def test_each_part_gives_an_unlabelled_case_no_gradient_at_any_level(
+    part: Callable[[Tensor, Tensor, Tensor], Tensor], torch_generator: torch.Generator
+) -> None:
+    """One case of the batch lacks its second structure; everything else learns."""
+    valid = torch.tensor([[True, True], [True, False]])
+    output, target = _output(torch_generator), _target(torch_generator)
+    for logits in (output.fused_logits, *output.head_logits):
+        coarse = F.adaptive_avg_pool2d(target, logits.shape[-1])
+        part(logits, coarse, valid).sum().backward()
+        assert logits.grad is not None
+        assert torch.all(logits.grad[1, 1] == 0)
+        assert torch.all(logits.grad[valid].abs().sum(dim=(-2, -1)) > 0)
+
+
 def test_an_unlabelled_case_leaves_the_others_as_they_were(
     torch_generator: torch.Generator,
 ) -> None:
@@ -176,3 +192,64 @@ def test_mismatched_shapes_and_settings_are_refused(torch_generator: torch.Gener
         LossConfig(head_weights=(1.0,))
     with pytest.raises(ConfigError, match="focal_gamma"):
         LossConfig(focal_gamma=-1.0)
+
+
+class TestIgnoredPixels:
+    """Pixels whose target is NaN: other pathology, neither lesion nor background."""
+
+    def _known(self) -> Tensor:
+        known = torch.ones(2, 2, 16, 16, dtype=torch.bool)
+        known[0, 0, 4:9, 3:12] = False
+        known[1, 1] = False
+        return known
+
+    @pytest.mark.parametrize("part", [focal, soft_dice, boundary_bce])
+    def test_get_no_gradient_in_any_part(
+        self, part: Callable[[Tensor, Tensor, Tensor], Tensor], torch_generator: torch.Generator
+    ) -> None:
+        known = self._known()
+        logits = _output(torch_generator).fused_logits
+        part(logits, _target(torch_generator) * known, known.float()).sum().backward()
+        assert logits.grad is not None
+        assert torch.all(logits.grad[~known] == 0)
+        assert torch.all(logits.grad[known] != 0)
+
+    def test_get_no_gradient_in_the_whole_loss(self, torch_generator: torch.Generator) -> None:
+        known = self._known()
+        output = _output(torch_generator)
+        target = _target(torch_generator).masked_fill(~known, math.nan)
+        terms = SegmentationLoss(STRUCTURES)(output, target, torch.ones(2, 2, dtype=torch.bool))
+        terms.total.backward()
+        assert torch.isfinite(terms.total)
+        for logits in (output.fused_logits, *output.head_logits):
+            assert logits.grad is not None
+            # a coarse pixel learns as long as any of it is known
+            some = F.adaptive_max_pool2d(known.float(), logits.shape[-1]) > 0
+            assert torch.equal(logits.grad != 0, some)
+
+    def test_what_the_network_says_there_does_not_matter(
+        self, torch_generator: torch.Generator
+    ) -> None:
+        known = self._known()
+        output, target = _output(torch_generator), _target(torch_generator)
+        target = target.masked_fill(~known, math.nan)
+        loss, valid = SegmentationLoss(STRUCTURES), torch.ones(2, 2, dtype=torch.bool)
+        other = output.fused_logits.detach().masked_fill(~known, 9.0)
+        changed = DecoderOutput(other, output.head_logits)
+        torch.testing.assert_close(
+            loss(changed, target, valid).total, loss(output, target, valid).total
+        )
+
+    def test_the_rest_is_a_mean_over_itself(self, torch_generator: torch.Generator) -> None:
+        """A batch of half-ignored planes costs what its other half costs alone."""
+        logits = torch.randn(2, 1, 16, 16, generator=torch_generator)
+        target = (torch.rand(2, 1, 16, 16, generator=torch_generator) > 0.7).float()
+        known = torch.zeros(2, 1, 16, 16)
+        known[..., :8] = 1
+        valid = torch.ones(2, 1, dtype=torch.bool)
+        half = logits[..., :8], target[..., :8], valid
+        torch.testing.assert_close(focal(logits, target * known, known), focal(*half))
+        torch.testing.assert_close(
+            soft_dice(logits, target * known, known), soft_dice(*half), rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(boundary_bce(logits, target * known, known), boundary_bce(*half))

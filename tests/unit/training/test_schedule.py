@@ -50,6 +50,22 @@ def test_warm_up_agrees_with_torch() -> None:
     assert [learning_rate(step, PEAK, config) for step in range(5)] == pytest.approx(expected)
 
 
+def test_the_published_schedule_in_epochs_agrees_with_torch() -> None:
+    """5 epochs of linear warm-up, then restarts every 25, stepped within the epochs."""
+    per_epoch = 7
+    config = TrainingConfig(epochs=100, schedule="warm-restarts", eta_min=1e-6, batch_size=4)
+    config = config.in_steps(epoch_samples=4 * per_epoch)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    oracle = CosineAnnealingWarmRestarts(optimizer, T_0=25, eta_min=1e-6)
+    expected = []
+    for step in range(95 * per_epoch):
+        oracle.step(step / per_epoch)
+        expected.append(optimizer.param_groups[0]["lr"])
+    found = [learning_rate(step, PEAK, config) for step in range(config.steps)]
+    warm_up = [PEAK * (step + 1) / 35 for step in range(35)]
+    assert found == pytest.approx(warm_up + expected, rel=1e-6)
+
+
 def test_no_warm_up_starts_at_the_peak() -> None:
     assert learning_rate(0, PEAK, TrainingConfig(steps=10, warmup_steps=0)) == PEAK
 

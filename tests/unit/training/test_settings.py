@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from wmh_lora.config import from_dict, to_dict
 from wmh_lora.errors import ConfigError
+from wmh_lora.models.network import build_network
+from wmh_lora.models.presets import model_preset
+from wmh_lora.training.losses import LossConfig
 from wmh_lora.training.settings import (
     RunConfig,
     TrainingConfig,
@@ -27,10 +31,16 @@ CONFIGS = Path(__file__).parents[3] / "configs"
         {"ema_decay": 1.0},
         {"betas": (0.9, 1.0)},
         {"schedule": "linear"},
-        {"precision": "fp16"},
+        {"precision": "fp8"},
         {"schedule": "warm-restarts", "restart_steps": 0},
         {"lora_lr": 1e-7},
         {"checkpoint_minutes": -1.0},
+        {"encoder_lr": 1e-7},
+        {"t1_dropout": 1.5},
+        {"epochs": -1},
+        {"schedule": "warm-restarts", "epochs": 3, "restart_epochs": 0},
+        {"keep_steps": -1},
+        {"device": "gpu"},
     ],
 )
 def test_values_out_of_range_are_refused(changes: dict[str, object]) -> None:
@@ -94,4 +104,60 @@ def test_the_resolved_configuration_survives_writing() -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
 def test_configurations_in_the_repository_are_valid(path: Path) -> None:
-    assert read_run_config(path).training.steps > 0
+    config = read_run_config(path)
+    assert config.training.steps > 0
+    net = build_network(config.model, None, for_training=False, unset_encoder=True)
+    for size in (config.training.crop, config.preprocess.multiple_px):
+        assert size % net.size_multiple == 0
+
+
+def test_the_published_training_is_a_configuration() -> None:
+    config = read_run_config(CONFIGS / "medsam-vit-b.toml")
+    assert (config.model, config.preprocess) == model_preset("medsam-vit-b")
+    assert config.loss == LossConfig()
+    settings = config.training
+    assert (settings.batch_size, settings.accumulation, settings.samples_per_step) == (4, 4, 16)
+    assert {settings.lora_lr, settings.adapter_lr, settings.decoder_lr} == {3e-4}
+    small = read_run_config(CONFIGS / "medsam-vit-b-small-gpu.toml")
+    assert (small.model, small.preprocess, small.loss) == (
+        config.model,
+        config.preprocess,
+        config.loss,
+    )
+    assert small.training == replace(
+        settings,
+        batch_size=1,
+        accumulation=16,
+        gradient_checkpointing=True,
+        workers=2,
+        validation_batch=1,
+    )
+
+
+def test_epochs_become_steps() -> None:
+    config = TrainingConfig(
+        epochs=30, batch_size=2, accumulation=4, schedule="warm-restarts", restart_epochs=12
+    )
+    resolved = config.in_steps(epoch_samples=24)
+    assert (resolved.steps, resolved.warmup_steps, resolved.restart_steps) == (90, 15, 36)
+    assert (resolved.checkpoint_steps, resolved.keep_steps, resolved.validate_steps) == (3, 30, 3)
+    assert resolved.in_steps(24) == resolved
+    plain = TrainingConfig(steps=5)
+    assert plain.in_steps(24) == plain
+
+
+def test_steps_and_epochs_exclude_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[training]\nepochs = 5\nsteps = 100\n")
+    with pytest.raises(ConfigError, match=r"training\.epochs are both given"):
+        read_run_config(path)
+    assert read_run_config(path, ["training.epochs=0"]).training.steps == 100
+
+
+def test_everything_wrong_in_a_file_is_named_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[training]\nepochs = 5\nsteps = 1\nsede = 3\n[data]\nlains = 3\nsplit = 4\n")
+    with pytest.raises(ConfigError) as caught:
+        read_run_config(path)
+    for part in ("both given", "did you mean 'seed'?", "did you mean 'lanes'?", "'split' must be"):
+        assert part in str(caught.value)

@@ -19,7 +19,8 @@ import torch
 from wmh_lora.errors import ConfigError, WMHError
 from wmh_lora.models.network import WMHNet
 from wmh_lora.training.checkpoint import checkpoint_paths, load_newest_checkpoint, trained_state
-from wmh_lora.training.trainer import Trainer, parameter_groups
+from wmh_lora.training.optimizer import parameter_groups
+from wmh_lora.training.trainer import Trainer
 
 
 def _records(run_dir: Path) -> list[dict[str, Any]]:
@@ -48,8 +49,13 @@ def _assert_same(first: Trainer, second: Trainer) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"workers": 0}, {"workers": 2, "ema_decay": 0.9}, {"precision": "bf16"}],
-    ids=["plain", "workers-average", "bf16"],
+    [
+        {"workers": 0},
+        {"workers": 2, "ema_decay": 0.9},
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+    ],
+    ids=["plain", "workers-average", "bf16", "fp16"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(
     fakes: ModuleType, tmp_path: Path, changes: dict[str, Any]
@@ -64,6 +70,109 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     _assert_same(whole, resumed)
     steps = [record["step"] for record in _records(tmp_path / "parts")]
     assert steps == [record["step"] for record in _records(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize(
+    ("t1_channels", "adaptation"), [(1, "lora"), (0, "full")], ids=["t1", "full"]
+)
+def test_resuming_covers_t1_dropout_and_a_trained_encoder(
+    fakes: ModuleType, tmp_path: Path, t1_channels: int, adaptation: str
+) -> None:
+    def trainer(name: str) -> Trainer:
+        net = fakes.tiny_net(t1_channels=t1_channels, adaptation=adaptation)
+        made: Trainer = fakes.tiny_trainer(tmp_path / name, fakes.BlobStream(t1=True), net)
+        return made
+
+    whole = trainer("whole")
+    assert whole.run()
+    assert not _run_to(trainer("parts"), 5)
+    torch.rand(7)
+    resumed = trainer("parts")
+    assert resumed.run(resume=True)
+    _assert_same(whole, resumed)
+    start = dict(fakes.tiny_net(t1_channels=t1_channels, adaptation=adaptation).named_parameters())
+    moved = {
+        name
+        for name, parameter in whole.net.named_parameters()
+        if not torch.equal(parameter, start[name])
+    }
+    if t1_channels:
+        assert {"adapter.t1_stem.weight", "adapter.t1_missing"} <= moved
+        assert "encoder.stem.weight" not in moved
+    else:
+        assert {"encoder.stem.weight", "encoder.down.weight", "encoder.norm.weight"} <= moved
+
+
+def test_only_an_encoder_in_training_updates_its_statistics(
+    fakes: ModuleType, tmp_path: Path
+) -> None:
+    for adaptation, moves in (("lora", False), ("full", True)):
+        net = fakes.tiny_net(adaptation=adaptation)
+        fakes.tiny_trainer(tmp_path / adaptation, net=net, steps=2).run()
+        mean = net.get_buffer("encoder.norm.running_mean")
+        assert bool(mean.abs().max() > 0) is moves
+
+
+class TestT1Dropout:
+    def _seen(
+        self, fakes: ModuleType, run_dir: Path, *, t1_channels: int = 1, **changes: Any
+    ) -> tuple[list[bool], list[bool]]:
+        """Which samples had T1, and which of them the network saw with it."""
+        net = fakes.tiny_net(t1_channels=t1_channels)
+        had: list[bool] = []
+        shown: list[bool] = []
+        forward = net.adapter.forward
+
+        def note(slices: Any, t1: Any, present: Any) -> Any:
+            shown.extend([False] * len(slices) if t1 is None else present.tolist())
+            return forward(slices, t1, present)
+
+        class Recorder(fakes.BlobStream):  # type: ignore[misc,name-defined]
+            def item(self, index: int) -> Any:
+                sample = super().item(index)
+                had.append(sample.t1 is not None)
+                return sample
+
+        net.adapter.forward = note
+        fakes.tiny_trainer(run_dir, Recorder(t1=True), net, steps=40, **changes).run()
+        return had, shown
+
+    def test_hides_about_the_share_asked_for_and_never_shows_what_is_missing(
+        self, fakes: ModuleType, tmp_path: Path
+    ) -> None:
+        had, shown = self._seen(fakes, tmp_path / "half", t1_dropout=0.5)
+        assert len(had) == len(shown) == 160
+        assert all(h or not s for h, s in zip(had, shown, strict=True))
+        assert 0.35 < sum(shown) / sum(had) < 0.65
+
+    @pytest.mark.parametrize(("share", "channels"), [(0.0, 1), (1.0, 1), (0.0, 0)])
+    def test_all_nothing_and_a_model_without_t1(
+        self, fakes: ModuleType, tmp_path: Path, share: float, channels: int
+    ) -> None:
+        had, shown = self._seen(fakes, tmp_path, t1_channels=channels, t1_dropout=share)
+        assert shown == (had if share == 0.0 and channels else [False] * len(had))
+
+
+def test_the_scale_of_the_loss_is_restored(fakes: ModuleType, tmp_path: Path) -> None:
+    """Half precision starts with a scale that is too large, and finds one that fits."""
+    first = fakes.tiny_trainer(tmp_path, precision="fp16", steps=4)
+    first.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    first.run()
+    assert first.scaler.get_scale() == 2.0**96
+    resumed = fakes.tiny_trainer(tmp_path, precision="fp16", steps=5)
+    resumed.run(resume=True)
+    assert resumed.scaler.get_scale() <= 2.0**96
+
+
+def test_the_layout_of_random_numbers_is_that_of_micro_batches(
+    fakes: ModuleType, tmp_path: Path
+) -> None:
+    """Numbers drawn by something else between two steps change nothing."""
+    plain = fakes.tiny_trainer(tmp_path / "plain")
+    plain.run()
+    disturbed = fakes.tiny_trainer(tmp_path / "disturbed")
+    disturbed.run(on_step=lambda *_: torch.rand(5))
+    _assert_same(plain, disturbed)
 
 
 def test_dropout_is_on_in_these_tests(fakes: ModuleType) -> None:
@@ -260,6 +369,9 @@ def test_parameter_groups(fakes: ModuleType) -> None:
     for group in groups:
         decayed = group["weight_decay"] > 0
         assert all((p.ndim >= 2) == decayed for p in group["params"])
+    full = parameter_groups(fakes.tiny_net(adaptation="full"), fakes.tiny_config(encoder_lr=5e-4))
+    assert [group["name"] for group in full[::2]] == ["lora", "adapter", "decoder", "encoder"]
+    assert full[-1]["peak_lr"] == 5e-4
     names = {id(p): name for name, p in net.named_parameters()}
     lora = [names[id(p)] for group in groups[:2] for p in group["params"]]
     assert sorted(lora) == ["encoder.proj.lora_A.weight", "encoder.proj.lora_B.weight"]

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from wmh_lora.config import PreprocessConfig
+from tests.phantoms import BrightnessNet, head
+from wmh_lora.config import ModelConfig, PreprocessConfig
 from wmh_lora.errors import ConfigError
 from wmh_lora.preprocess import preprocess
-from wmh_lora.training.settings import RunConfig, ValidationCase
+from wmh_lora.training.settings import RunConfig, TrainingConfig, ValidationCase
 from wmh_lora.training.validate import THRESHOLDS, Validator, best_dice, predict_probability
-from wmh_lora.volume import Volume
+from wmh_lora.volume import Volume, write_nifti
 
 
 class _Centre(nn.Module):
@@ -60,3 +62,24 @@ def test_an_absent_file_is_found_out_before_training() -> None:
     config = RunConfig(data={"root": "nowhere"}, validation=(ValidationCase("a.nii.gz"),))
     with pytest.raises(ConfigError, match=r"data\.root"):
         Validator(config)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_other_pathology_counts_neither_as_lesion_nor_as_error(tmp_path: Path, stride: int) -> None:
+    volume, labels = head()
+    labels[24:28, 40:46, 2] = 2
+    bright = np.where(labels == 2, 640, volume.data)
+    for name, data in (("image", bright), ("labels", labels), ("lesion", labels == 1)):
+        write_nifti(tmp_path / f"{name}.nii.gz", np.asarray(data, np.float32), volume)
+    cases = [ValidationCase("image.nii.gz", f"{name}.nii.gz") for name in ("labels", "lesion")]
+    config = RunConfig(
+        model=ModelConfig(structures=("wmh",)),
+        preprocess=PreprocessConfig(pixel_size_mm=4.0, margin_mm=8.0),
+        data={"root": str(tmp_path)},
+        training=TrainingConfig(validation_stride=stride),
+        validation=tuple(cases),
+    )
+    ignoring, counting = Validator(config)(BrightnessNet(1))
+    assert ignoring["score"] > 0.95
+    assert counting["score"] < 0.8
+    assert ignoring["reference_ml"] == pytest.approx(counting["reference_ml"])

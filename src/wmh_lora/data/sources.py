@@ -1,0 +1,223 @@
+"""What training samples are and where they come from: settings, samples, labelled scans."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from wmh_lora.data.fields import FloatArray
+from wmh_lora.data.manifest import Manifest, Scan, read_manifest
+from wmh_lora.data.split import Part, Split, read_split
+from wmh_lora.data.synthesis import Case
+from wmh_lora.errors import ConfigError, DataError
+from wmh_lora.volume import Volume
+
+__all__ = [
+    "IGNORED",
+    "OTHER_PATHOLOGY",
+    "DataConfig",
+    "LabelledScans",
+    "Sample",
+    "read_labelled",
+    "read_masks",
+]
+__all__ += ["relative_to_root"]
+
+IGNORED = "ignored"
+"""Name, among a case's masks, of what is neither lesion nor background."""
+
+OTHER_PATHOLOGY = 2
+"""Label of what is neither lesion nor background, in the masks of the WMH challenge."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where training samples come from: labelled scans, synthetic ones, or both.
+
+    Attributes
+    ----------
+    root
+        Folder that the other paths start from.
+    manifest, split, fold
+        Files of ``wmh-lora data prepare`` and ``data split``, and the division in it if there are
+        several. The train part is trained on, the validation part validates.
+    background_share
+        Fraction of the slices without lesions that an epoch shows; which ones changes.
+    labelmaps
+        Folder of whole-head label maps; empty for the packaged MNI152 anatomy alone.
+    lesion_masks
+        Folder of lesion masks in MNI152 space; empty for vascular patterns alone.
+    exclude_masks
+        Subjects whose mask must not be seen, such as those of a validation scan.
+    real
+        BIDS folder of labelled scans (``derivatives/manual`` holds the masks), in place of a
+        manifest; empty for none.
+    cache
+        Folder for anatomies once registered, and for scans once preprocessed; the latter go to
+        ``cache`` in the run's folder by default.
+    mni_share
+        Fraction of synthetic scans painted on the MNI152 anatomy.
+    lanes, real_lanes
+        Scans held at a time, and how many of them are real. A manifest with no real lanes is
+        trained on alone, without synthetic scans.
+    crops_per_scan
+        Crops taken before a lane moves to its next scan.
+    lesion_share
+        Fraction of crops placed around a lesion, where there is one.
+    """
+
+    root: str = ""
+    manifest: str = ""
+    split: str = ""
+    fold: str = ""
+    background_share: float = 0.08
+    labelmaps: str = ""
+    lesion_masks: str = ""
+    exclude_masks: tuple[str, ...] = ()
+    real: str = ""
+    cache: str = ""
+    mni_share: float = 0.12
+    lanes: int = 8
+    real_lanes: int = 0
+    crops_per_scan: int = 24
+    lesion_share: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.real_lanes <= self.lanes or self.lanes < 1:
+            raise ConfigError(
+                f"data.real_lanes = {self.real_lanes} must lie between 0 and data.lanes = "
+                f"{self.lanes}."
+            )
+        for name in ("background_share", "mni_share", "lesion_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"data.{name} = {getattr(self, name)} must lie in [0, 1].")
+        if bool(self.manifest) != bool(self.split):
+            raise ConfigError(
+                "data.manifest and data.split belong together: name the files of `wmh-lora data "
+                "prepare` and `wmh-lora data split`."
+            )
+        if self.manifest and self.real:
+            raise ConfigError("data.manifest and data.real both name labelled scans; keep one.")
+        if self.real_lanes and not (self.real or self.manifest):
+            raise ConfigError(
+                "data.real_lanes asks for real scans but neither data.manifest nor data.real names "
+                "any."
+            )
+        if self.labelmaps and not self.cache and not self.real_alone:
+            raise ConfigError("data.labelmaps needs data.cache, a folder for registered anatomies.")
+
+    @property
+    def real_alone(self) -> bool:
+        """Whether the slices of a manifest are all that is trained on."""
+        return bool(self.manifest) and self.real_lanes == 0
+
+    def path(self, path: str) -> Path:
+        """Return where a file or folder named in the settings lies."""
+        return Path(self.root).expanduser() / path
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One crop of several structures.
+
+    Attributes
+    ----------
+    image
+        (3, h, w) float32 in [0, 1].
+    target
+        (n, h, w) float32 in [0, 1]; NaN in pixels that are neither the structure nor background.
+    valid
+        (n,), which structures are labelled.
+    """
+
+    image: FloatArray
+    target: FloatArray
+    valid: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class LabelledScans:
+    """Scans of one part of a split.
+
+    Attributes
+    ----------
+    manifest, split
+        Where they come from.
+    scans
+        Of this part, usable ones only.
+    """
+
+    manifest: Manifest
+    split: Split
+    scans: tuple[Scan, ...]
+
+    def files(self) -> list[Path]:
+        """List the images and the masks."""
+        return [self.manifest.file(p) for scan in self.scans for p in (scan.image, scan.mask)]
+
+
+def read_labelled(config: DataConfig, part: Part, *, verify: bool = False) -> LabelledScans:
+    """Read which scans a part of the split holds.
+
+    Parameters
+    ----------
+    config
+        Names the manifest, the split and the fold.
+    part
+        ``train``, ``validation`` or ``test``.
+    verify
+        Hash every file of the manifest again; the error names all that have changed.
+
+    Raises
+    ------
+    ConfigError
+        There is no such fold.
+    DataError
+        Manifest or split cannot be read or do not fit each other, files have changed, or the
+        training part is empty.
+    """
+    manifest = read_manifest(config.path(config.manifest), verify=verify)
+    split = read_split(config.path(config.split), manifest).split(config.fold or None)
+    subjects = set(split.part(part))
+    scans = tuple(scan for scan in manifest.usable if scan.subject in subjects)
+    if not scans and part == "train":
+        raise DataError(
+            f"The training part of {split.name} in {config.path(config.split)} holds no usable "
+            "scan; `wmh-lora data prepare` tells what is wrong with the scans."
+        )
+    return LabelledScans(manifest, split, scans)
+
+
+def read_masks(image: Path, masks: Iterable[tuple[str, Path]]) -> Case:
+    """Read a scan with its masks; label 2 in that of the lesions is `IGNORED`.
+
+    Parameters
+    ----------
+    image
+        FLAIR.
+    masks
+        Structure and file. Any value above 0 is inside, but 2 in ``wmh`` is other pathology.
+    """
+    read: dict[str, FloatArray] = {}
+    files = [image]
+    for name, path in masks:
+        labels = Volume.read(path, allow_constant=True).data
+        read[name] = (labels > 0).astype(np.float32)
+        if name == "wmh":
+            read[IGNORED] = (np.rint(labels) == OTHER_PATHOLOGY).astype(np.float32)
+            read[name] -= read[IGNORED]
+        files.append(path)
+    return Case(Volume.read(image), read, tuple(files))
+
+
+def relative_to_root(path: Path, config: DataConfig) -> str:
+    """Name of a file as a path from ``config.root``, with forward slashes."""
+    try:
+        return Path(os.path.relpath(path.resolve(), config.path("").resolve())).as_posix()
+    except ValueError:  # another drive, on Windows
+        return path.resolve().as_posix()
