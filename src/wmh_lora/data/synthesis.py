@@ -174,12 +174,10 @@ def _brain_extraction(rng: np.random.Generator, smooth: FloatArray) -> FloatArra
     return (smooth + ragged > level).astype(np.float32)
 
 
-def demo_case(
-    seed: int = 36,
-) -> tuple[FloatArray, npt.NDArray[np.float64], LabelArray]:
+def demo_case(seed: int) -> tuple[FloatArray, npt.NDArray[np.float64], LabelArray]:
     """Make the scan of ``wmh-lora demo``: MNI152 anatomy with vascular lesions.
 
-    The default seed gives 3 mm slices with 18 mL of clearly visible lesions.
+    Seed 227 gives 3 mm slices with 15 mL of clearly visible lesions.
 
     Returns
     -------
