@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import transformers
+from safetensors.torch import save_file
 
 from wmh_lora.config import ModelConfig, PreprocessConfig
 from wmh_lora.errors import ConfigError
@@ -28,6 +30,7 @@ from wmh_lora.models.lora import load_lora_into_peft
 from wmh_lora.models.model_file import load_model_file, load_network, load_trained_parts
 from wmh_lora.models.network import build_network
 from wmh_lora.models.presets import model_preset
+from wmh_lora.models.sam_checkpoint import encoder_key_of_hugging_face
 from wmh_lora.models.sam_vit import Block, SamViT, SamViTSpec
 from wmh_lora.training import run
 from wmh_lora.training.settings import RunConfig, TrainingConfig
@@ -96,6 +99,28 @@ def _write(path: Path, encoder: SamViT) -> Path:
     return path
 
 
+def _write_as_hugging_face(path: Path, encoder: SamViT) -> Path:
+    """The same weights under the names of `transformers.SamModel`."""
+    names = encoder.state_dict()
+    blocks: Any = encoder.blocks
+    with torch.device("meta"):
+        theirs = transformers.SamVisionModel(
+            transformers.SamVisionConfig(
+                hidden_size=names["pos_embed"].shape[-1],
+                num_hidden_layers=len(blocks),
+                num_attention_heads=blocks[0].attn.heads,
+                mlp_dim=len(names["blocks.0.mlp.lin1.bias"]),
+                global_attn_indexes=[i for i, b in enumerate(blocks) if not b.attn.window],
+            )
+        ).state_dict()
+    state = {
+        key: names[encoder_key_of_hugging_face(key.removeprefix("vision_encoder."))]
+        for key in theirs
+    }
+    save_file({key: value.contiguous() for key, value in state.items()}, path)
+    return path
+
+
 def _config(checkpoint: Path, model: ModelConfig = MODEL, **training: Any) -> RunConfig:
     settings: dict[str, Any] = dict(
         steps=2, batch_size=1, crop=32, warmup_steps=1, workers=0, log_steps=1, lora_lr=1e-2
@@ -160,7 +185,11 @@ def _outputs(
     return expected, torch.load(logits, weights_only=True), lora
 
 
-def test_two_steps_on_a_sam_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
+@pytest.mark.parametrize("layout", ["original", "hugging face"])
+def test_two_steps_on_a_sam_checkpoint(tmp_path: Path, checkpoint: Path, layout: str) -> None:
+    if layout == "hugging face":
+        encoder = sam_checkpoint.load_sam_vit(checkpoint, "small")
+        checkpoint = _write_as_hugging_face(tmp_path / "model.safetensors", encoder)
     assert run.train(_config(checkpoint), tmp_path / "run")
     expected, found, lora = _outputs(
         tmp_path, MODEL, checkpoint, 48, {"spec": SPEC, "convention": CONVENTION}
@@ -235,13 +264,17 @@ def test_a_network_trained_in_full(tmp_path: Path, checkpoint: Path, encoder: st
 
 
 @pytest.mark.slow
-def test_two_steps_on_a_whole_vit_b(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["original", "hugging face"])
+def test_two_steps_on_a_whole_vit_b(tmp_path: Path, layout: str) -> None:
     encoder = ENCODERS["medsam-vit-b"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         built = encoder.build()
     assert isinstance(built, SamViT)
-    checkpoint = _write(tmp_path / "medsam_vit_b.pth", built)
+    if layout == "original":
+        checkpoint = _write(tmp_path / "medsam_vit_b.pth", built)
+    else:
+        checkpoint = _write_as_hugging_face(tmp_path / "model.safetensors", built)
     model, _ = model_preset("medsam-vit-b")
     assert run.train(_config(checkpoint, model, crop=64), tmp_path / "run")
     expected, found, _ = _outputs(tmp_path, model, checkpoint, 64, {})
