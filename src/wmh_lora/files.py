@@ -9,7 +9,7 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +23,7 @@ __all__ = [
     "find_images",
     "image_stem",
     "image_suffix",
+    "images_below",
     "open_atomic",
     "write_failure",
 ]
@@ -96,7 +97,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        found.extend(_images_below(path) if path.is_dir() else [path])
+        found.extend(_images_to_segment(path) if path.is_dir() else [path])
     return list(dict.fromkeys(found))
 
 
@@ -162,24 +163,48 @@ def _bare_name(path: Path) -> str:
     return path.name[: -len(suffix)] if suffix else path.stem
 
 
-def _images_below(folder: Path) -> list[Path]:
-    images: list[Path] = []
-    seen: set[str] = set()
+def images_below(folder: Path, *, skip: Collection[str] = ()) -> Iterator[Path]:
+    """Find the image files in a folder and below it, in a fixed order, hidden ones left out.
+
+    Links to folders are followed (studies are often assembled from links), each folder once.
+
+    Parameters
+    ----------
+    folder : Path
+        Where to look.
+    skip : collection of str
+        Names of folders that are not entered.
+
+    Raises
+    ------
+    DataError
+        If a folder cannot be listed.
+    """
 
     def refuse(error: OSError) -> None:
         raise DataError(
             f"Cannot list the folder {error.filename}: {error.strerror}; check its permissions."
         ) from error
 
-    # Links to folders are followed (studies are often assembled from links), each folder once.
+    seen: set[str] = set()
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(root)
-        if real in seen:
+        if real in seen:  # links may lead in circles
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [n for n in folders if not n.startswith(".") and n != "derivatives"]
-        images.extend(Path(root, name) for name in names if _is_candidate(name))
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and n not in skip)
+        for name in sorted(names):
+            if image_suffix(name) is not None and not name.startswith("."):
+                yield Path(root, name)
+
+
+def _images_to_segment(folder: Path) -> list[Path]:
+    images = [
+        path
+        for path in images_below(folder, skip=("derivatives",))
+        if not any(mark in path.name for mark in _LABEL_MARKS)
+    ]
     flairs = [path for path in images if _is_named_flair(path)]
     if not images:
         raise DataError(
@@ -187,12 +212,6 @@ def _images_below(folder: Path) -> list[Path]:
             f"{', '.join(IMAGE_SUFFIXES)} that are not label files."
         )
     return sorted(flairs or images)
-
-
-def _is_candidate(name: str) -> bool:
-    if name.startswith(".") or image_suffix(name) is None:
-        return False
-    return not any(mark in name for mark in _LABEL_MARKS)
 
 
 def _is_named_flair(path: Path) -> bool:

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +19,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from tests.processes import fresh_python
 from wmh_lora.config import ModelConfig, PreprocessConfig
 from wmh_lora.errors import ConfigError
 from wmh_lora.models import sam_checkpoint
@@ -35,7 +33,6 @@ from wmh_lora.models.sam_vit import Block, SamViT, SamViTSpec
 from wmh_lora.training import run
 from wmh_lora.training.settings import RunConfig, TrainingConfig
 
-SOURCE = Path(__file__).resolve().parents[2] / "src"
 SPEC: dict[str, Any] = {"dim": 32, "depth": 2, "heads": 2, "global_blocks": (1,)}
 CONVENTION: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 MODEL = ModelConfig(
@@ -169,16 +166,8 @@ def _outputs(
     load_lora_into_peft(net.encoder, lora)
     x = torch.rand(1, 3, side, side + 16, generator=torch.Generator().manual_seed(1))
     torch.save(x, slices)
-    search_path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
     arguments = [json.dumps(injected), *map(str, (file, checkpoint, slices, logits))]
-    finished = subprocess.run(
-        [sys.executable, "-c", _FRESH_PROCESS, *arguments],
-        env={**os.environ, "PYTHONPATH": search_path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    finished = fresh_python(_FRESH_PROCESS, *arguments, timeout_s=300)
     assert finished.returncode == 0, finished.stderr
     with torch.inference_mode():
         expected = net.eval()(x)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from tests.processes import fresh_python
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 PACKAGE = "wmh_lora"
@@ -247,15 +247,7 @@ def _loaded_by(imports: str, libraries: frozenset[str]) -> list[str]:
         f"import json, sys; import {imports}; "
         f"print(json.dumps([name for name in {sorted(libraries)!r} if name in sys.modules]))"
     )
-    search_path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
-    finished = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": search_path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    finished = fresh_python(code)
     assert finished.returncode == 0, finished.stderr
     loaded: list[str] = json.loads(finished.stdout)
     return loaded

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -17,7 +16,7 @@ import numpy.typing as npt
 from wmh_lora.data.layouts import Found, Listing, list_bids, list_challenge, list_flat
 from wmh_lora.data.manifest import UNUSABLE, Manifest, Problem, Scan
 from wmh_lora.errors import ConfigError, DataError, UnreadableImageError
-from wmh_lora.files import IMAGE_SUFFIXES, file_sha256, image_suffix
+from wmh_lora.files import IMAGE_SUFFIXES, file_sha256, images_below
 from wmh_lora.logs import Progress
 from wmh_lora.volume import Volume
 
@@ -70,7 +69,7 @@ def make_manifest(
         raise ConfigError(f"There is no layout {layout!r}; choose one of {', '.join(LAYOUTS)}.")
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give the folder that holds the scans.")
-    paths = _images_below(root)
+    paths = sorted(PurePosixPath(p.relative_to(root).as_posix()) for p in images_below(root))
     chosen = _recognise(paths) if layout == "auto" else layout
     listing = _list(root, paths, chosen, derivatives)
     if not listing.scans:
@@ -91,32 +90,6 @@ def make_manifest(
 
 
 # --- finding ----------------------------------------------------------------------------------
-
-
-def _images_below(root: Path) -> list[PurePosixPath]:
-    """List image files below a folder, sorted; links are followed, each folder once."""
-    images: list[PurePosixPath] = []
-    seen: set[str] = set()
-
-    def refuse(error: OSError) -> None:
-        raise DataError(
-            f"Cannot list the folder {error.filename}: {error.strerror}; check its permissions."
-        ) from error
-
-    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        # In a fixed order, so that the same one of two links to a folder is followed.
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        images += [
-            PurePosixPath(Path(folder, name).relative_to(root).as_posix())
-            for name in names
-            if image_suffix(name) is not None and not name.startswith(".")
-        ]
-    return sorted(images)
 
 
 def _recognise(paths: Iterable[PurePosixPath]) -> LayoutName:

@@ -6,7 +6,6 @@ is a new entry in `LAYOUTS`. Files are never opened here.
 
 from __future__ import annotations
 
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from wmh_lora.errors import ConfigError, DataError
-from wmh_lora.files import image_suffix
+from wmh_lora.files import image_suffix, images_below
 
 __all__ = ["LAYOUTS", "Kind", "Layout", "ScanFile", "find_scans"]
 
@@ -267,24 +266,8 @@ def find_scans(root: Path, kind: Kind, layout: str = "auto") -> list[ScanFile]:
 def _places_below(root: Path) -> dict[str, Path]:
     """Return image files by their path below the root, without extension, sorted."""
     places: dict[str, Path] = {}
-    seen: set[str] = set()
-
-    def refuse(error: OSError) -> None:
-        raise DataError(
-            f"Cannot list the folder {error.filename}: {error.strerror}; check its permissions."
-        ) from error
-
-    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # links may lead in circles
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            suffix = image_suffix(name)
-            if suffix is None or name.startswith(".") or "_probseg" in name:
-                continue
-            path = Path(folder, name)
-            places[path.relative_to(root).as_posix()[: -len(suffix)]] = path
+    for path in images_below(root):
+        if "_probseg" not in path.name:
+            extension = image_suffix(path) or ""
+            places[path.relative_to(root).as_posix()[: -len(extension)]] = path
     return dict(sorted(places.items()))

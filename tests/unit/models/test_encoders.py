@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.processes import fresh_python
 from wmh_lora.errors import ConfigError, WeightsError
 from wmh_lora.models import build_encoder
 from wmh_lora.models.encoders import ENCODERS, EncoderSpec, encoder_spec
 from wmh_lora.models.unset_values import unset_values
-
-SOURCE = Path(__file__).resolve().parents[3] / "src"
 
 
 @pytest.fixture(scope="module", params=sorted(ENCODERS))
@@ -103,13 +99,5 @@ def test_the_package_offers_the_builder_without_waiting_for_torch() -> None:
         "from wmh_lora.models import build_encoder; "
         "assert build_encoder.__module__ == 'wmh_lora.models.encoders'"
     )
-    search_path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
-    finished = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": search_path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    finished = fresh_python(code)
     assert finished.returncode == 0, finished.stderr

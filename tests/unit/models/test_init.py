@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.phantoms import head
+from tests.processes import fresh_python
 from wmh_lora.config import PreprocessConfig
 from wmh_lora.engine import segment
 from wmh_lora.errors import ConfigError, DataError
@@ -22,8 +20,6 @@ from wmh_lora.models.model_file import load_network, read_model_card
 from wmh_lora.models.network import build_network
 from wmh_lora.models.presets import model_preset
 from wmh_lora.models.tiny_vit import TinyViT
-
-SOURCE = Path(__file__).resolve().parents[3] / "src"
 
 _FRESH_PROCESS = """
 import sys
@@ -45,15 +41,7 @@ def test_a_random_base_encoder_is_the_same_in_a_fresh_process(tmp_path: Path) ->
     assert (card.model, card.preprocess) == model_preset("litemedsam")
     x = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(1))
     torch.save(x, slices)
-    search_path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
-    finished = subprocess.run(
-        [sys.executable, "-c", _FRESH_PROCESS, str(path), str(slices), str(logits)],
-        env={**os.environ, "PYTHONPATH": search_path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    finished = fresh_python(_FRESH_PROCESS, path, slices, logits)
     assert finished.returncode == 0, finished.stderr
     net, _ = load_network(path)
     with torch.inference_mode():

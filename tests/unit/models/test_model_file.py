@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.processes import fresh_python
 from wmh_lora.config import InferenceConfig, ModelConfig, PreprocessConfig, to_dict
 from wmh_lora.errors import AdapterMismatchError, DataError, WeightsError
 from wmh_lora.models.lora import extract_lora, load_lora_into_peft
@@ -33,7 +32,6 @@ from wmh_lora.models.model_file import (
 from wmh_lora.models.network import WMHNet, build_network
 
 CONFIG = ModelConfig(lora_rank=2, decoder_channels=(16, 8, 8, 8))
-SOURCE = Path(__file__).resolve().parents[3] / "src"
 
 
 @pytest.fixture(scope="module")
@@ -213,15 +211,7 @@ assert not heavy, heavy
 
 
 def _fresh_process(*arguments: Path) -> subprocess.CompletedProcess[str]:
-    search_path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, "-c", _FRESH_PROCESS, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": search_path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return fresh_python(_FRESH_PROCESS, *arguments)
 
 
 @pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-5), (True, 5e-3)])
