@@ -124,7 +124,6 @@ def test_results_are_not_overwritten(cohort: Path, run: Run) -> None:
 
 
 def test_figures(cohort: Path, run: Run) -> None:
-    pytest.importorskip("matplotlib")
     (cohort / "participants.tsv").write_text("participant_id\tsite\nsub-01\tOslo\nsub-02\tOslo\n")
     result = run(*PLAIN[:4], "--images", "@images", "--participants", "@participants.tsv")
     assert result.exit_code == 0, result.output
@@ -137,7 +136,6 @@ def test_figures(cohort: Path, run: Run) -> None:
 
 
 def test_an_image_that_cannot_be_shown_does_not_stop_the_rest(cohort: Path, run: Run) -> None:
-    pytest.importorskip("matplotlib")
     (cohort / "images" / "sub-02_FLAIR.nii.gz").write_bytes(b"no image")
     result = run(*PLAIN[:4], "--images", "@images", "--case", "02")
     assert result.exit_code == 1
@@ -146,7 +144,6 @@ def test_an_image_that_cannot_be_shown_does_not_stop_the_rest(cohort: Path, run:
 
 
 def test_a_name_of_no_scan(cohort: Path, run: Run) -> None:
-    pytest.importorskip("matplotlib")
     result = run(*PLAIN[:4], "--images", "@images", "--case", "nobody")
     assert result.exit_code == 2
     assert "nobody" in result.stderr

@@ -128,7 +128,8 @@ def test_folder_without_weights(tmp_path: Path) -> None:
 
 def test_hugging_face_model_is_the_oracle(tmp_path: Path) -> None:
     """Its own implementation gives the same features: no two tensors were confused."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     torch.manual_seed(0)
     vision: dict[str, Any] = dict(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_dim=128
@@ -149,7 +150,8 @@ def test_hugging_face_model_is_the_oracle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", list(SAM_VIT_SPECS))
 def test_hugging_face_keys_of_the_real_sizes(name: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     spec = SAM_VIT_SPECS[name]
     vision: dict[str, Any] = dict(hidden_size=spec.dim, num_hidden_layers=spec.depth)
     vision |= dict(num_attention_heads=spec.heads, mlp_dim=4 * spec.dim)

@@ -64,7 +64,6 @@ def _images(*shape: int, seed: int = 0) -> Tensor:
 
 def _reference(model: SamViT, spec: SamViTSpec) -> Callable[[Tensor], Tensor]:
     """Neck features of transformers' eager implementation, as a function of our parameters."""
-    pytest.importorskip("transformers")
     from transformers.models.sam.configuration_sam import SamVisionConfig
     from transformers.models.sam.modeling_sam import SamVisionEncoder
 
@@ -352,7 +351,8 @@ def test_random_weights_depend_on_the_seed_alone(monkeypatch: pytest.MonkeyPatch
 
 
 def _with_adapters(encoder: SamViT, **settings: Any) -> SamViT:
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = copy.deepcopy(encoder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -31,7 +31,6 @@ def _records() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("count", [0, 1, 6, 12])
 def test_curves_of_any_length(tmp_path: Path, count: int) -> None:
-    pytest.importorskip("matplotlib")
     path = tmp_path / "curves.png"
     draw_curves(_records()[:count], path)
     with Image.open(path) as picture:
@@ -39,7 +38,6 @@ def test_curves_of_any_length(tmp_path: Path, count: int) -> None:
 
 
 def test_curves_are_drawn_after_a_validation_and_at_the_end(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     logs, path = RunLogs(tmp_path), tmp_path / "curves.png"
     drawn = []
     with (tmp_path / "metrics.jsonl").open("w") as stream:
