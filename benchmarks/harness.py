@@ -7,6 +7,7 @@ within each turn: a disturbance that lasts longer than a turn cancels.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -28,6 +29,7 @@ __all__ = [
     "machine",
     "matmul_gflops_per_s",
     "peak_memory_mb",
+    "publish",
     "report_peak_memory",
     "result_of_process",
     "time_in_turns",
@@ -140,13 +142,14 @@ def peak_memory_mb(module: str, *arguments: str) -> dict[str, float]:
 # --- work -------------------------------------------------------------------------------------
 
 
-def _linear_flops(
-    tokens: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any
+def _linear_flops(tokens: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    return 2 * tokens[-1] * math.prod(out_shape)
+
+
+def _convolution_flops(
+    _: Sequence[int], weight: Sequence[int], *__: Any, out_shape: Sequence[int], **___: Any
 ) -> int:
-    count = 2 * weight[1]
-    for extent in out_shape:
-        count *= extent
-    return count
+    return 2 * math.prod(weight[1:]) * math.prod(out_shape)
 
 
 def _attention_flops(q: Sequence[int], k: Sequence[int], *_: Any, **__: Any) -> int:
@@ -168,6 +171,7 @@ def count_flops(run: Callable[[], object]) -> int:
     formulas: dict[Any, Any] = {attention: _attention_flops}
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # see wmh_lora.models.linear
         formulas[torch.ops.mkldnn._linear_pointwise] = _linear_flops
+        formulas[torch.ops.mkldnn._convolution_pointwise] = _convolution_flops
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
     return int(counter.get_total_flops())
@@ -206,3 +210,33 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+# --- results ----------------------------------------------------------------------------------
+
+
+def publish(
+    document: Mapping[str, Any],
+    rows: Sequence[Sequence[str]],
+    json_path: Path | None = None,
+    markdown_path: Path | None = None,
+) -> None:
+    """Print a result as JSON, and write it to files where they are named.
+
+    Parameters
+    ----------
+    document : Mapping
+        Everything that was measured.
+    rows : sequence of rows
+        What a reader wants to see, the head first, for the Markdown table.
+    json_path, markdown_path : Path, optional
+        Files; those that exist are replaced.
+    """
+    text = json.dumps(document, indent=2) + "\n"
+    sys.stdout.write(text)
+    if json_path is not None:
+        json_path.write_text(text, encoding="utf-8")
+    if markdown_path is not None:
+        head, *others = rows
+        lines = (f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *others))
+        markdown_path.write_text("\n".join(lines) + "\n", encoding="utf-8")

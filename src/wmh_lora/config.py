@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from wmh_lora.errors import ConfigError
+from wmh_lora.sizes import parse_size
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,6 +32,7 @@ __all__ = [
     "DecoderKind",
     "InferenceConfig",
     "ModelConfig",
+    "Precision",
     "PreprocessConfig",
     "from_dict",
     "read_toml",
@@ -39,6 +41,7 @@ __all__ = [
 
 TtaMode = Literal["none", "flip", "d4"]
 TTA_MODES: tuple[TtaMode, ...] = ("none", "flip", "d4")
+Precision = Literal["auto", "float32", "bfloat16"]
 Adaptation = Literal["lora", "frozen", "full"]
 DecoderKind = Literal["pyramid", "upsampling"]
 
@@ -184,18 +187,35 @@ class InferenceConfig:
         Views averaged: 1, the 4 flips, or the 8 of the dihedral group.
     batch_size : int
         Slices sent through the network at once. Changes memory and speed, not results.
+    adaptive : bool
+        Compute no slices without a head, and show the further views of `tta` only slices in or
+        beside which the first view finds evidence of a lesion. An approximation, see
+        docs/speed.md.
+    precision : {"auto", "float32", "bfloat16"}
+        Of the network's products. ``"auto"`` takes half precision where the processor computes in
+        it, which is an approximation as well.
+    max_memory : str or None
+        Memory that the process may take, such as ``"2G"``: batches are made as small as it needs.
+        None leaves `batch_size` as it is.
     """
 
     threshold: float = 0.5
     min_voxels: int = 3
     tta: TtaMode = "none"
     batch_size: int = 2
+    adaptive: bool = True
+    precision: Precision = "float32"
+    max_memory: str | None = None
 
     def __post_init__(self) -> None:
         _require(0.0 < self.threshold < 1.0, "threshold", "between 0 and 1", self.threshold)
         _require(self.min_voxels >= 0, "min_voxels", "zero or more", self.min_voxels)
         _require(self.tta in TTA_MODES, "tta", f"one of {', '.join(TTA_MODES)}", self.tta)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        known = typing.get_args(Precision)
+        _require(self.precision in known, "precision", " or ".join(known), self.precision)
+        if self.max_memory is not None:
+            parse_size(self.max_memory)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,10 @@ __all__ = ["LOGGER", "Progress", "collect_warnings", "configure_logging", "progr
 #: The package's logger. The library adds no handler that prints: that is the application's choice.
 LOGGER = logging.getLogger("wmh_lora")
 LOGGER.addHandler(logging.NullHandler())
+
+# The time left follows from the steps within this window; rich's own 30 s hold no two steps of a
+# large network.
+_SPEED_WINDOW_S = 3600.0
 
 #: Called with (steps done, steps in all, what is being done).
 Progress = Callable[[int, int, str], None]
@@ -43,7 +48,7 @@ class _StderrHandler(logging.Handler):
 
 @contextmanager
 def collect_warnings() -> Iterator[list[str]]:
-    """Gather the package's warnings of a block, so that a report can repeat them.
+    """Gather this thread's warnings of a block, so that a report can repeat them.
 
     Yields
     ------
@@ -63,9 +68,11 @@ class _Collector(logging.Handler):
     def __init__(self, messages: list[str]) -> None:
         super().__init__(level=logging.WARNING)
         self._messages = messages
+        self._thread = threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._messages.append(record.getMessage())
+        if record.thread == self._thread:  # others work on other scans
+            self._messages.append(record.getMessage())
 
 
 @contextmanager
@@ -101,7 +108,9 @@ def progress_bar(*, enabled: bool | None = None) -> Iterator[Progress]:
         *columns,
         console=Console(stderr=True),
         transient=True,
-        redirect_stdout=False,  # results belong to stdout even while a bar is shown
+        speed_estimate_period=_SPEED_WINDOW_S,
+        # Results belong to stdout, even while a bar is shown; on a terminal, above the bar.
+        redirect_stdout=sys.stdout.isatty(),
     ) as bar:
         task = bar.add_task("", total=None)
 

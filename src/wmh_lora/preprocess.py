@@ -16,15 +16,21 @@ aligned on the field of view, so a scan that already has the model's pixel size 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from wmh_lora.config import PreprocessConfig
-from wmh_lora.errors import DataError, GridMismatchError
+from wmh_lora.errors import GridMismatchError
+from wmh_lora.preprocess_head import (
+    coarse_scan,
+    find_background,
+    find_head,
+    landmarks,
+    shows_head,
+)
 from wmh_lora.view import View, choose_view, resampling_matrix, superior_axis
 from wmh_lora.volume import Volume
 
@@ -36,12 +42,6 @@ PREPROCESS_VERSION = 1
 
 WHITE_MATTER_LEVEL = 0.4
 """Where the white matter mode lands in [0, 1]: lesions up to 2.5 times as bright stay unclipped."""
-
-_COARSE_MM = 3.0
-_CORE_DEPTHS_MM = (20.0, 10.0, 5.0, 0.0)
-_CORE_HEIGHT_MM = 110.0
-_CORE_MINIMUM_ML = 20.0
-_FLOOR_PERCENTILE = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class Prepared:
         Intensity landmarks in the scan's own units.
     config
         The settings used.
+    shows_head
+        (S,) whether a slice shows the head, or lies next to one that does; None if not known.
     """
 
     slices: FloatArray
@@ -69,6 +71,7 @@ class Prepared:
     floor: float
     white_matter: float
     config: PreprocessConfig
+    shows_head: BoolArray | None = None
 
 
 def preprocess(volume: Volume, config: PreprocessConfig) -> Prepared:
@@ -94,10 +97,10 @@ def preprocess(volume: Volume, config: PreprocessConfig) -> Prepared:
     view = choose_view(volume, config.pixel_size_mm)
     scan = np.asarray(view.to_view(volume.data), dtype=np.float32)
     background = find_background(scan)
-    coarse, coarse_spacing = _coarse(scan, background, view.spacing_mm)
+    coarse, coarse_spacing = coarse_scan(scan, background, view.spacing_mm)
     head = find_head(coarse, coarse_spacing)
     superior = next(i for i, axis in enumerate(view.axes) if axis == superior_axis(volume))
-    floor, white_matter = _landmarks(coarse, head, coarse_spacing, superior, volume)
+    floor, white_matter = landmarks(coarse, head, coarse_spacing, superior, volume)
     view = _crop(view, head, coarse_spacing, config)
 
     gain = WHITE_MATTER_LEVEL / (white_matter - floor)
@@ -109,10 +112,17 @@ def preprocess(volume: Volume, config: PreprocessConfig) -> Prepared:
         plane = np.clip((plane - floor) * gain, 0.0, 1.0).astype(np.float32)
         np.matmul(rows @ plane, columns.T, out=out)
     offset = max(1, round(config.context_mm / view.spacing_mm[0]))
-    return Prepared(slices, offset, view, floor, white_matter, config)
+    near = shows_head(view, head, coarse_spacing)
+    return Prepared(slices, offset, view, floor, white_matter, config, near)
 
 
-def context_stack(prepared: Prepared, indices: Sequence[int]) -> FloatArray:
+def context_stack(
+    prepared: Prepared,
+    indices: Sequence[int],
+    channels: int = 3,
+    *,
+    slices: FloatArray | None = None,
+) -> FloatArray:
     """Give each slice its neighbours as channels (2.5-D input).
 
     Parameters
@@ -121,17 +131,21 @@ def context_stack(prepared: Prepared, indices: Sequence[int]) -> FloatArray:
         A preprocessed scan.
     indices
         Slices to show, length B.
+    channels
+        Slices in a stack, an odd number: 1 shows no neighbours, 3 one on each side.
+    slices
+        (S, H, W), another picture on the same grid (a T1), to show in place of the scan itself.
 
     Returns
     -------
-    array (B, 3, H, W)
-        The slice ``context_offset`` below, the slice itself, and the one above; the outermost
-        slice stands in for neighbours beyond the ends.
+    array (B, channels, H, W)
+        Slices ``context_offset`` apart, from below to above, the slice itself in the middle; the
+        outermost slice stands in for neighbours beyond the ends.
     """
-    count = len(prepared.slices)
+    shown = prepared.slices if slices is None else slices
     centre = np.asarray(indices, dtype=np.int64)
-    offsets = np.array([-prepared.context_offset, 0, prepared.context_offset])
-    stacked: FloatArray = prepared.slices[np.clip(centre[:, None] + offsets, 0, count - 1)]
+    offsets = prepared.context_offset * (np.arange(channels) - channels // 2)
+    stacked: FloatArray = shown[np.clip(centre[:, None] + offsets, 0, len(shown) - 1)]
     return stacked
 
 
@@ -160,13 +174,48 @@ def restore(probability: FloatArray, prepared: Prepared) -> FloatArray:
             f"The map has shape {probability.shape} but the prepared scan has "
             f"{prepared.slices.shape}; restore maps onto the scan that they were computed from."
         )
-    view = prepared.view
-    native = np.zeros(view.shape_native, dtype=np.float32)
-    target = view.to_view(native)
-    rows, columns = (resampling_matrix(view.window(a), view.field(a)) for a in (1, 2))
-    for index, plane in zip(range(*view.slices), probability, strict=True):
-        target[index] = rows @ plane @ columns.T
+    native = np.zeros(prepared.view.shape_native, dtype=np.float32, order="F")
+    target = prepared.view.to_view(native)
+    for index, plane in _native_planes(probability, prepared):
+        target[index] = plane
     return native
+
+
+def restore_mask(
+    probability: npt.NDArray[np.generic], prepared: Prepared, level: float
+) -> npt.NDArray[np.uint8]:
+    """Bring a map back to the scan's own voxels as `restore` does, and mark those of some level.
+
+    Parameters
+    ----------
+    probability
+        (S, H, W), as ``prepared.slices``, of any type and scale.
+    prepared
+        The scan that it belongs to.
+    level
+        Restored values of at least this, on the map's scale, are marked; above zero.
+
+    Returns
+    -------
+    array (I, J, K) uint8
+        A quarter of the memory that the restored map would take.
+    """
+    native = np.zeros(prepared.view.shape_native, dtype=np.uint8, order="F")
+    target = prepared.view.to_view(native)
+    for index, plane in _native_planes(probability, prepared):
+        target[index] = plane >= np.float32(level)
+    return native
+
+
+def _native_planes(
+    maps: npt.NDArray[np.generic], prepared: Prepared
+) -> Iterator[tuple[int, FloatArray]]:
+    """Yield each slice of the view that was kept, by its index, at the scan's own resolution."""
+    view = prepared.view
+    rows, columns = (resampling_matrix(view.window(a), view.field(a)) for a in (1, 2))
+    for index, plane in zip(range(*view.slices), maps, strict=True):
+        if plane.any():
+            yield index, rows @ np.asarray(plane, dtype=np.float32) @ columns.T
 
 
 def to_model_grid(mask: npt.NDArray[np.generic], prepared: Prepared) -> FloatArray:
@@ -193,130 +242,6 @@ def to_model_grid(mask: npt.NDArray[np.generic], prepared: Prepared) -> FloatArr
     viewed = view.to_view(mask)
     rows, columns = (resampling_matrix(view.field(a), view.window(a)) for a in (1, 2))
     return np.stack([rows @ viewed[i].astype(np.float32) @ columns.T for i in range(*view.slices)])
-
-
-def find_background(scan: FloatArray) -> BoolArray:
-    """Mark voxels that hold no measurement: not finite, or the constant that fills the border.
-
-    Brain-extracted, defaced and padded scans hold one exact value outside; whatever it is (0,
-    -1000, a maximum), it must not be taken for tissue.
-    """
-    background = ~np.isfinite(scan)
-    faces = [np.take(scan, index, axis).ravel() for axis in range(3) for index in (0, -1)]
-    border = np.concatenate(faces)
-    border = border[np.isfinite(border)]
-    if border.size:
-        values, counts = np.unique(border, return_counts=True)
-        if counts.max() > 0.5 * border.size:
-            background |= scan == values[counts.argmax()]
-    if background.all():
-        raise DataError("The image holds one value everywhere; it has no tissue to segment.")
-    return background
-
-
-def find_head(coarse: FloatArray, spacing_mm: tuple[float, float, float]) -> BoolArray:
-    """Find the head (or the extracted brain) on a coarse grid.
-
-    Otsu's threshold (IEEE Trans SMC 9:62, 1979), cleaned, holes filled slice by slice, largest
-    component. Falls back to everything where the result is implausibly small.
-    """
-    smooth = ndimage.gaussian_filter(coarse, 0.7)
-    head = smooth > _otsu(smooth)
-    disc = ndimage.generate_binary_structure(2, 1)[None]
-    # a margin lets closing and filling work on a head that touches the border
-    head = np.pad(ndimage.binary_opening(head, disc), ((0, 0), (3, 3), (3, 3)))
-    head = ndimage.binary_closing(head, disc, iterations=3)
-    head = np.stack([ndimage.binary_fill_holes(plane) for plane in head])[:, 3:-3, 3:-3]
-    labels, count = ndimage.label(head)
-    if count > 1:
-        head = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-    if head.sum() * np.prod(spacing_mm) / 1000.0 < _CORE_MINIMUM_ML:
-        return np.ones_like(head)
-    return np.asarray(head, dtype=np.bool_)
-
-
-def _coarse(
-    scan: FloatArray, background: BoolArray, spacing_mm: tuple[float, float, float]
-) -> tuple[FloatArray, tuple[float, float, float]]:
-    """Take every n-th voxel (about 3 mm apart), background set to the darkest measured level."""
-    steps = [max(1, round(_COARSE_MM / s)) for s in spacing_mm]
-    # as much is left over before the first sample as after the last
-    starts = [(n - 1) % k // 2 for n, k in zip(scan.shape, steps, strict=True)]
-    sampled = tuple(slice(start, None, k) for start, k in zip(starts, steps, strict=True))
-    values, outside = scan[sampled], background[sampled]
-    if outside.all():
-        raise DataError("The image holds too few measured voxels to find a head.")
-    dark = np.percentile(values[~outside], 0.5)
-    spacing = tuple(s * k for s, k in zip(spacing_mm, steps, strict=True))
-    return np.where(outside, dark, values).astype(np.float32), (spacing[0], spacing[1], spacing[2])
-
-
-def _landmarks(
-    coarse: FloatArray,
-    head: BoolArray,
-    spacing_mm: tuple[float, float, float],
-    superior: int,
-    volume: Volume,
-) -> tuple[float, float]:
-    """Return the dark end and the mode of the intensities deep inside the upper head.
-
-    Depth keeps scalp fat, bone and ragged extraction edges out, so that the same brain gets the
-    same landmarks with its skull and without.
-    """
-    present = np.flatnonzero(head.any(axis=tuple(a for a in range(3) if a != superior)))
-    height = int(_CORE_HEIGHT_MM / spacing_mm[superior])
-    upper = np.zeros_like(head)
-    along = [slice(None)] * 3
-    # slices ascend to the top of the head; rows descend from it
-    along[superior] = (
-        slice(max(0, present[-1] - height), present[-1] + 1)
-        if superior == 0
-        else slice(present[0], present[0] + height + 1)
-    )
-    upper[tuple(along)] = head[tuple(along)]
-    depth = ndimage.distance_transform_edt(head, sampling=spacing_mm)
-    for minimum in _CORE_DEPTHS_MM:
-        core = coarse[upper & (depth > minimum)]
-        if core.size * np.prod(spacing_mm) / 1000.0 > _CORE_MINIMUM_ML:
-            break
-    if core.size == 0:
-        core = coarse[head]
-    floor = float(np.percentile(core, _FLOOR_PERCENTILE))
-    mode = _mode(core)
-    if not mode > floor:  # more than half of the core is one dark value
-        mode = float(core.max())
-    if not mode > floor:
-        source = volume.path or "the image"
-        raise DataError(f"{source}: the head shows no contrast; is this a FLAIR image of a brain?")
-    return floor, mode
-
-
-def _mode(values: FloatArray) -> float:
-    """Return the most frequent level: the peak of a smoothed histogram."""
-    low, high = np.percentile(values, [0.5, 99.5])
-    if not high > low:
-        return float(high)
-    counts, edges = np.histogram(values, bins=128, range=(float(low), float(high)))
-    smooth = ndimage.gaussian_filter1d(counts.astype(np.float64), 3.0, mode="constant")
-    # CSF can be the sharper peak where ventricles are large: look above the darkest quarter only
-    start = len(smooth) // 4
-    peak = start + int(np.argmax(smooth[start:]))
-    return float((edges[peak] + edges[peak + 1]) / 2)
-
-
-def _otsu(values: FloatArray) -> float:
-    """Return the level that best separates two classes (largest between-class variance)."""
-    low, high = np.percentile(values, [0.5, 99.5])
-    if not high > low:
-        return float(low)
-    counts, edges = np.histogram(values, bins=256, range=(float(low), float(high)))
-    centres = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(counts).astype(np.float64)
-    above = below[-1] - below
-    sums = np.cumsum(counts * centres)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        variance = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    return float(edges[1:][np.nanargmax(variance[:-1])])
 
 
 def _crop(

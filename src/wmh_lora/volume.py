@@ -9,6 +9,8 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -17,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
-from nibabel.spatialimages import HeaderDataError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from wmh_lora.errors import DataError, GridMismatchError, UnreadableImageError, WMHError
 from wmh_lora.files import IMAGE_SUFFIXES, find_images, image_stem, image_suffix, open_atomic
 from wmh_lora.volume_checks import check_content
+from wmh_lora.volume_nibabel import image_file, image_name, take_image
 from wmh_lora.volume_readers import RawImage, nifti_affine, read_mgh, read_nifti, read_nrrd
 
 __all__ = [
@@ -130,6 +133,44 @@ class Volume:
         check_content(source, image.data, allow_constant=allow_constant)
         return cls(data=image.data, affine=image.affine, path=source, header=image.header)
 
+    @classmethod
+    def from_nibabel(cls, image: SpatialImage, *, allow_constant: bool = False) -> Volume:
+        """Take over an image of nibabel: the same volume as `read` makes of its file.
+
+        Geometry is the header's, where nibabel would keep the header on saving, else the image's
+        affine. Values that are not finite are kept. The image is not changed.
+
+        Parameters
+        ----------
+        image : nibabel SpatialImage
+            One 3-D image, of any format; from ``nibabel.load``, or made in memory.
+        allow_constant : bool
+            Accept an image whose voxels are all equal.
+
+        Returns
+        -------
+        Volume
+            Its path is that of the file, if the voxels have stayed there; None if they are in
+            memory, where they may have been changed.
+
+        Raises
+        ------
+        UnreadableImageError
+            As for `read`.
+
+        Examples
+        --------
+        >>> from nibabel.nifti1 import Nifti1Image
+        >>> head = np.arange(16 * 16 * 3, dtype=np.float32).reshape(16, 16, 3)
+        >>> Volume.from_nibabel(Nifti1Image(head, np.diag([1.0, 1.0, 5.0, 1.0]))).spacing_mm
+        (1.0, 1.0, 5.0)
+        """
+        name = image_name(image)
+        with _errors_in_a_sentence(name):
+            taken = take_image(image)
+        check_content(name, taken.data, allow_constant=allow_constant)
+        return cls(taken.data, taken.affine, path=image_file(image), header=taken.header)
+
 
 def write_nifti(
     path: str | os.PathLike[str],
@@ -188,13 +229,20 @@ def write_nifti(
 
 
 def _read_any(path: Path) -> RawImage:
-    """Choose the reader, and turn whatever a damaged file makes it raise into one sentence."""
+    """Choose the reader by the name's ending."""
     suffix = _readable_suffix(path)
     read = {".nrrd": read_nrrd, ".mgz": read_mgh, ".mgh": read_mgh}.get(suffix, read_nifti)
+    with _errors_in_a_sentence(path):
+        return read(path)
+
+
+@contextmanager
+def _errors_in_a_sentence(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged file makes its reader raise into one sentence."""
     try:
         # Absurd header values overflow on the way to the check that names them.
         with np.errstate(all="ignore"):
-            return read(path)
+            yield
     except WMHError:
         raise
     except EOFError as error:

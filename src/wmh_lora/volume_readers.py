@@ -28,7 +28,14 @@ from nibabel.spatialimages import HeaderDataError
 from wmh_lora.errors import UnreadableImageError
 from wmh_lora.volume_checks import check_affine, check_shape, check_spacing, warn
 
-__all__ = ["RawImage", "nifti_affine", "read_mgh", "read_nifti", "read_nrrd"]
+__all__ = [
+    "RawImage",
+    "nifti_affine",
+    "read_mgh",
+    "read_nifti",
+    "read_nrrd",
+    "warn_nifti_oddities",
+]
 
 _COLOUR_OR_COMPLEX = {
     32: "complex",
@@ -90,7 +97,7 @@ def read_nifti(path: Path) -> RawImage:
         check_spacing(path, header["pixdim"][1:4].astype(np.float64), hint)
         affine = nifti_affine(header)
         check_affine(path, affine, hint)
-        _warn_nifti_oddities(path, repaired, affine)
+        warn_nifti_oddities(path, repaired, affine)
         slope, intercept = repaired.get_slope_inter()
         stream.seek(max(int(header["vox_offset"]), header.single_vox_offset))
         data = _read_voxels(path, stream, shape, repaired.get_data_dtype(), slope, intercept)
@@ -218,7 +225,7 @@ def _read_voxels(
     return data
 
 
-def _warn_nifti_oddities(path: Path, header: Nifti1Header, affine: npt.NDArray[np.float64]) -> None:
+def warn_nifti_oddities(path: Path, header: Nifti1Header, affine: npt.NDArray[np.float64]) -> None:
     """Log what makes the orientation or the voxel size doubtful."""
     unit = int(header["xyzt_units"]) & 7
     if unit in _UNITS:

@@ -69,7 +69,13 @@ class _Stream:
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(run, "build_stream", lambda _table, _seed, crop, *_: _Stream(crop))
+    def stream(
+        _table: object, _seed: int, crop: int, *_: object, in_channels: int, t1_channels: int
+    ) -> _Stream:
+        assert (in_channels, t1_channels) == (3, 0)
+        return _Stream(crop)
+
+    monkeypatch.setattr(run, "build_stream", stream)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

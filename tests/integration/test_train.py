@@ -103,7 +103,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "base.pth").write_bytes(b"base")
     tiny = network.EncoderSpec(build=_TinyEncoder, load=lambda _path: _TinyEncoder())
     monkeypatch.setitem(network.ENCODERS, "litemedsam", tiny)
-    monkeypatch.setattr(run, "build_stream", lambda *_: _Stream())
+    monkeypatch.setattr(run, "build_stream", lambda *_, in_channels, t1_channels: _Stream())
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     return tmp_path

@@ -182,7 +182,7 @@ def test_lesions_of_scans_that_were_not_trained_on_are_found(project: Path, tmp_
         ("data.real_lanes=1", 2, ["training.epochs", "manifest alone"]),
         ("data.split=absent.json", 1, ["absent.json"]),
         ("data.fold=third", 2, ["third"]),
-        ("model.in_channels=1", 2, ["model.in_channels", "preprocessing makes 3"]),
+        ("model.in_channels=2", 2, ["in_channels", "must be odd"]),
         ("training.crop=60", 2, ["training.crop", "multiples of 8"]),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from datetime import timedelta
 
 import pytest
 
@@ -47,3 +48,20 @@ def test_progress_leaves_stdout_to_results(
         progress(1, 2, "scan [1/2]")
         sys.stdout.write("result\n")
     assert capsys.readouterr().out == "result\n"
+
+
+@pytest.mark.parametrize("seconds_a_step", [0.5, 40.0, 500.0])
+def test_the_time_left_is_shown_however_long_a_step_takes(
+    monkeypatch: pytest.MonkeyPatch, seconds_a_step: float
+) -> None:
+    now = [0.0]
+    stderr = io.StringIO()
+    monkeypatch.setattr("rich.console.monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress_bar(enabled=True) as progress:
+        for step in range(1, 5):
+            now[0] += seconds_a_step
+            progress(step, 12, "loss")
+    left = timedelta(seconds=round(8 * seconds_a_step))
+    assert str(left) in stderr.getvalue()

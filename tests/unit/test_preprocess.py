@@ -18,6 +18,7 @@ from wmh_lora.preprocess import (
     context_stack,
     preprocess,
     restore,
+    restore_mask,
     to_model_grid,
 )
 from wmh_lora.volume import Volume
@@ -210,3 +211,35 @@ def test_the_same_brain_gets_the_same_landmarks_with_and_without_its_skull(
         span = whole.white_matter - whole.floor
         assert abs(whole.white_matter - bare.white_matter) < 0.1 * span
         assert abs(whole.floor - bare.floor) < 0.15 * span
+
+
+def test_restored_mask_is_the_restored_map_above_the_level() -> None:
+    prepared = preprocess(head_phantom(), PreprocessConfig(pixel_size_mm=2.0))
+    level = 0.3
+    expected = restore(prepared.slices, prepared) >= np.float32(level)
+    np.testing.assert_array_equal(restore_mask(prepared.slices, prepared, level), expected)
+    in_bytes = (prepared.slices * 255).round().astype(np.uint8)
+    found = restore_mask(in_bytes, prepared, level * 255)
+    assert found.dtype == np.uint8
+    assert np.mean(found != expected) < 0.01
+
+
+def test_slices_without_head_are_known() -> None:
+    prepared = preprocess(head_in_air(), PreprocessConfig(margin_mm=40.0))
+    assert prepared.shows_head is not None
+    shown = np.flatnonzero(prepared.shows_head)
+    bright = np.flatnonzero((prepared.slices > 0.3).mean(axis=(1, 2)) > 0.01)
+    assert not prepared.shows_head.all()
+    assert (np.diff(shown) == 1).all()
+    assert shown[0] <= bright[0]
+    assert shown[-1] >= bright[-1]
+
+
+def head_in_air() -> Volume:
+    """Two thirds of the slices show a head."""
+    grids = (np.linspace(-1.2, 1.2, n) for n in (56, 64, 60))
+    x, y, z = np.meshgrid(*grids, indexing="ij")
+    inside = x**2 + y**2 + (1.5 * z) ** 2 < 1.0
+    noise = np.random.default_rng(0).normal(0.0, 4.0, inside.shape)
+    data = np.where(inside, 300.0 - 200.0 * (x**2 + y**2 < 0.1), 0.0) + noise
+    return Volume(data.astype(np.float32), np.diag([3.5, 3.5, 4.0, 1.0]))

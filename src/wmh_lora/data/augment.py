@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
 from wmh_lora.data.fields import FloatArray, smooth_field, uniform
+from wmh_lora.preprocess import WHITE_MATTER_LEVEL
 
 if TYPE_CHECKING:
     from wmh_lora.data.synthesis import Case
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
 def augment_scan(rng: np.random.Generator, case: Case) -> Case:
@@ -56,7 +59,8 @@ def augment_crop(
     size: int,
     *,
     real: bool,
-) -> tuple[FloatArray, FloatArray]:
+    t1: FloatArray | None = None,
+) -> tuple[FloatArray, FloatArray, FloatArray | None]:
     """Cut a square crop, and turn, mirror, blur and re-scale it.
 
     Parameters
@@ -71,20 +75,24 @@ def augment_crop(
         Side of the crop in pixels.
     real
         Real scans are also rotated and scaled; synthetic ones come posed.
+    t1
+        (T, H, W) in [0, 1], which moves with the image; its intensities stay.
 
     Returns
     -------
     image : array (C, size, size) float32
     target : array (n, size, size) float32
+    t1 : array (T, size, size) float32, or None
     """
     centre = place_centre(rng, centre, image.shape[1:], size)
+    whole = (*image, *target, *(() if t1 is None else t1))
     if real:
         angle = np.deg2rad(uniform(rng, -15.0, 15.0))
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         matrix = turn * rng.uniform(0.9, 1.1, 2)
-        planes = [_sample(p, matrix, centre, size) for p in (*image, *target)]
+        planes = [_sample(p, matrix, centre, size) for p in whole]
     else:
-        planes = [cut_square(p, centre, size) for p in (*image, *target)]
+        planes = [cut_square(p, centre, size) for p in whole]
     stack = np.stack(planes)
     if rng.random() < 0.5:
         stack = stack[:, :, ::-1]
@@ -92,9 +100,26 @@ def augment_crop(
         stack = np.rot90(stack, int(rng.integers(1, 4)), axes=(1, 2))
         if rng.random() < 0.5:
             stack = stack[:, ::-1]
-    picture, labels = stack[: len(image)], stack[len(image) :]
-    picture = _vary(rng, picture)
-    return np.ascontiguousarray(picture, np.float32), np.ascontiguousarray(labels, np.float32)
+    picture, labels, second = np.split(stack, np.cumsum([len(image), len(target)]))
+    picture, second = _vary(rng, picture, second)
+    return (
+        np.ascontiguousarray(picture, np.float32),
+        np.ascontiguousarray(labels, np.float32),
+        None if t1 is None else np.ascontiguousarray(second, np.float32),
+    )
+
+
+def augment_t1(rng: np.random.Generator, planes: FloatArray) -> FloatArray:
+    """Vary blur, curve, gain and noise of T1 slices (T, h, w) in [0, 1]."""
+    if rng.random() < 0.2:
+        sigma = uniform(rng, 0.2, 0.8)
+        planes = ndimage.gaussian_filter(planes, (0.0, sigma, sigma))
+    # what is left of intensity error after normalisation
+    varied = planes ** np.exp(rng.normal(0.0, 0.2)) * np.exp(rng.normal(0.0, 0.1))
+    if rng.random() < 0.3:
+        noise = rng.standard_normal(planes.shape, dtype=np.float32)
+        varied = varied + uniform(rng, 0.0, 0.03) * noise
+    return np.asarray(np.clip(varied, 0.0, 1.0), dtype=np.float32)
 
 
 def place_centre(
@@ -114,22 +139,36 @@ def place_centre(
     )
 
 
-def _vary(rng: np.random.Generator, picture: FloatArray) -> FloatArray:
-    """Blur now and then, take or reverse neighbours, and scale the intensity of (C, h, w)."""
+def _vary(
+    rng: np.random.Generator, picture: FloatArray, second: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Blur now and then, take or reverse neighbours, and scale the intensity of (C, h, w).
+
+    The neighbours of the second contrast are treated alike.
+    """
     if rng.random() < 0.2:
         sigma = uniform(rng, 0.2, 0.8)
         picture = ndimage.gaussian_filter(picture, (0.0, sigma, sigma))
     if rng.random() < 0.15:  # a scan of few slices has no true neighbours
-        picture = np.repeat(picture[len(picture) // 2][None], len(picture), axis=0)
+        picture, second = (
+            np.repeat(stack[len(stack) // 2 :][:1], len(stack), axis=0)
+            for stack in (picture, second)
+        )
     elif rng.random() < 0.3:
-        picture = picture[::-1]
-    # what is left of intensity error after normalisation
-    return np.asarray(np.clip(picture * np.exp(rng.normal(0.0, 0.1)), 0.0, 1.0))
+        picture, second = picture[::-1], second[::-1]
+    # what is left of intensity error after normalisation: gain, and contrast about white matter
+    picture = picture * np.exp(rng.normal(0.0, 0.1))
+    if rng.random() < 0.5:
+        contrast = np.exp(rng.normal(0.0, 0.2))
+        picture = WHITE_MATTER_LEVEL * (picture / WHITE_MATTER_LEVEL) ** contrast
+    return np.asarray(np.clip(picture, 0.0, 1.0)), second
 
 
-def cut_square(plane: FloatArray, centre: npt.NDArray[np.float64], size: int) -> FloatArray:
+def cut_square(
+    plane: npt.NDArray[_Scalar], centre: npt.NDArray[np.float64], size: int
+) -> npt.NDArray[_Scalar]:
     """Cut (size, size) around ``centre`` out of (H, W); zero outside the picture."""
-    out = np.zeros((size, size), dtype=np.float32)
+    out = np.zeros((size, size), dtype=plane.dtype)
     start = np.rint(centre - size / 2).astype(int)
     low = np.maximum(start, 0)
     high = np.minimum(start + size, plane.shape)

@@ -18,6 +18,7 @@ from wmh_lora.data.manifest import UNUSABLE, Manifest, Problem, Scan
 from wmh_lora.errors import ConfigError, DataError, UnreadableImageError
 from wmh_lora.files import IMAGE_SUFFIXES, file_sha256, images_below
 from wmh_lora.logs import Progress
+from wmh_lora.t1 import SMALLEST_OVERLAP, share_in_view
 from wmh_lora.volume import Volume
 
 __all__ = ["GRID_TOLERANCE", "LAYOUTS", "LayoutName", "make_manifest"]
@@ -216,9 +217,8 @@ def _inspect(root: Path, found: Found) -> Scan:
     # Last, so that the mask is not held in memory beside it.
     del mask
     if found.t1 is not None:
-        t1 = _read(root, found.t1, "t1", problems)
-        if t1 is not None and image is not None and (differs := _grid_difference(image, t1)):
-            problems.append(Problem("t1-grid", f"the T1 is not registered to it: {differs}"))
+        _check_t1(image, _read(root, found.t1, "t1", problems), problems)
+    structures = _usable_structures(root, found, image, problems)
     mask_path = found.masks[0] if len(found.masks) == 1 else None
     return Scan(
         subject=found.subject,
@@ -232,6 +232,8 @@ def _inspect(root: Path, found: Found) -> Scan:
         mask_sha256=_sha256(root, mask_path),
         t1="" if found.t1 is None else str(found.t1),
         t1_sha256=_sha256(root, found.t1),
+        structures={name: str(path) for name, path in structures.items()},
+        structures_sha256={name: _sha256(root, path) for name, path in structures.items()},
         shape=None if image is None else image.shape,
         spacing_mm=None if image is None else _rounded(image.spacing_mm),
         reference_ml=volumes_ml.get(_FOREGROUND),
@@ -241,9 +243,40 @@ def _inspect(root: Path, found: Found) -> Scan:
     )
 
 
+def _check_t1(image: Volume | None, t1: Volume | None, problems: list[Problem]) -> None:
+    """Any grid will do, for the T1 is resampled, but it has to show the same region."""
+    if image is None or t1 is None:
+        return
+    share = share_in_view(t1, image)
+    if share < SMALLEST_OVERLAP:
+        problems.append(
+            Problem(
+                "t1-apart",
+                f"the T1 covers {100 * share:.0f} % of its field of view and is left out; register "
+                "it, or correct its header",
+            )
+        )
+
+
+def _usable_structures(
+    root: Path, found: Found, image: Volume | None, problems: list[Problem]
+) -> dict[str, PurePosixPath]:
+    """Masks of other structures that can be read and are on the image's grid."""
+    usable = {}
+    for name, path in sorted(found.structures.items()):
+        mask = _read(root, path, "structure", problems)
+        if mask is None or image is None:
+            continue
+        if differs := _grid_difference(image, mask):
+            problems.append(Problem("structure-grid", f"image and mask of {name}: {differs}"))
+        else:
+            usable[name] = path
+    return usable
+
+
 def _read(root: Path, path: PurePosixPath, kind: str, problems: list[Problem]) -> Volume | None:
     try:
-        return Volume.read(root / path, allow_constant=kind == "mask")
+        return Volume.read(root / path, allow_constant=kind in ("mask", "structure"))
     except UnreadableImageError as error:
         # Where the folder lay on somebody's disk is nobody's business.
         message = str(error).replace(str(root / path), str(path))

@@ -11,36 +11,67 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 
 from wmh_lora.config import PreprocessConfig, from_dict
 from wmh_lora.data.anatomy import Anatomy, head_anatomy, mni_anatomy
-from wmh_lora.data.augment import augment_crop, augment_scan
+from wmh_lora.data.augment import augment_crop, augment_scan, augment_t1
 from wmh_lora.data.fields import FloatArray
 from wmh_lora.data.lesions import MaskBank
 from wmh_lora.data.slices import SliceStream
-from wmh_lora.data.sources import IGNORED, DataConfig, Sample, read_labelled, read_masks
+from wmh_lora.data.sources import (
+    IGNORED,
+    DataConfig,
+    Sample,
+    read_labelled,
+    read_masks,
+    require_t1,
+)
 from wmh_lora.data.synthesis import Case, synthesize
 from wmh_lora.errors import DataError
-from wmh_lora.preprocess import Prepared, context_stack, preprocess, to_model_grid
+from wmh_lora.preprocess import (
+    WHITE_MATTER_LEVEL,
+    Prepared,
+    context_stack,
+    preprocess,
+    to_model_grid,
+)
+from wmh_lora.t1 import prepare_t1
+from wmh_lora.volume import Volume
 
 __all__ = ["DataConfig", "TrainingStream", "build_stream"]
 
 _LABELS = {"wmh": "WMH", "ventricles": "ventricles", "brain": "brain"}
 
+_CAP_CONTRAST = 1.1
+"""Brightness, relative to white matter, above which a rim of the ventricles may be a cap."""
+
+
+class _Files(NamedTuple):
+    """A real scan."""
+
+    image: Path
+    masks: list[tuple[str, Path]]
+    t1: Path | None
+
 
 @dataclass(frozen=True)
 class _Scan:
-    """A scan on the network's grid: targets (n, S, H, W), and what is ignored (S, H, W)."""
+    """A scan on the network's grid.
+
+    Targets are (n, S, H, W), what is ignored and T1 (S, H, W).
+    """
 
     prepared: Prepared
     targets: FloatArray
     ignored: FloatArray
     valid: npt.NDArray[np.bool_]
     real: bool
+    t1: FloatArray | None
 
 
 class TrainingStream:
@@ -53,11 +84,14 @@ class TrainingStream:
     seed
         Of everything that is drawn.
     crop
-        Side of the crops in pixels.
+        Side of the crops in pixels; 0 shows whole slices, padded to squares.
     preprocess_config
         The same as at inference.
     structures
         Order of the target's planes.
+    in_channels, t1_channels
+        Slices of FLAIR and of T1 in a sample. Real scans alone have T1; without T1 channels, theirs
+        is not even read.
     """
 
     def __init__(
@@ -67,8 +101,12 @@ class TrainingStream:
         crop: int,
         preprocess_config: PreprocessConfig,
         structures: tuple[str, ...],
+        *,
+        in_channels: int = 3,
+        t1_channels: int = 0,
     ) -> None:
         self.config = config
+        self.in_channels, self.t1_channels = in_channels, t1_channels
         self.seed = seed
         self.crop = crop
         self.preprocess_config = preprocess_config
@@ -91,15 +129,17 @@ class TrainingStream:
         if self.config.lesion_masks:
             folder = self.config.path(self.config.lesion_masks)
             paths += MaskBank.paths(folder, self.config.exclude_masks)
-        for image, masks in self._real_files:
-            paths += [image, *(path for _, path in masks)]
+        for files in self._real_files:
+            paths += [files.image, *(path for _, path in files.masks)]
+            paths += [files.t1] if files.t1 is not None else []
         if self.config.manifest:
             paths += [self.config.path(name) for name in (self.config.manifest, self.config.split)]
         return paths
 
     def prepare(self) -> None:
         """Read every source once, before workers start; registers anatomies where needed."""
-        _ = self._anatomies, self._bank, self._real_files
+        _ = self._anatomies, self._bank
+        require_t1(self.t1_channels, sum(files.t1 is not None for files in self._real_files))
 
     def _scan(self, lane: int, number: int) -> _Scan:
         held = self._held.get(lane)
@@ -109,10 +149,12 @@ class TrainingStream:
         return self._held[lane][1]
 
     def _make_scan(self, rng: np.random.Generator, lane: int) -> _Scan:
-        real = lane >= self.config.lanes - self.config.real_lanes
+        # real lanes are spread evenly, so that every batch has its share
+        real = lane * self.config.real_lanes % self.config.lanes < self.config.real_lanes
+        t1_file = None
         if real:
-            files = self._real_files[rng.integers(len(self._real_files))]
-            case = augment_scan(rng, read_masks(*files))
+            image, masks, t1_file = self._real_files[rng.integers(len(self._real_files))]
+            case = augment_scan(rng, read_masks(image, masks))
         else:
             case = self._synthetic_case(rng)
         prepared = preprocess(case.volume, self.preprocess_config)
@@ -122,7 +164,18 @@ class TrainingStream:
         )
         valid = np.array([name in case.masks for name in self.structures])
         ignored = to_model_grid(case.masks.get(IGNORED, zero), prepared)
-        return _Scan(prepared, targets, ignored, valid, real)
+        if real and self.config.cap_reach_mm and "ventricles" in case.masks:
+            ventricles = to_model_grid(case.masks["ventricles"], prepared)
+            lesion = targets[self.structures.index("wmh")]
+            caps = possible_caps(prepared, ventricles, self.config.cap_reach_mm)
+            ignored = np.maximum(ignored, caps & (lesion == 0))
+        t1 = None
+        if t1_file is not None:
+            t1 = prepare_t1(Volume.read(t1_file), prepared, case.volume)
+            # some programs take the skull off T1 alone; a stream of its own leaves FLAIR's as it is
+            if "brain" in case.masks and rng.spawn(1)[0].random() < 0.5:
+                t1[to_model_grid(case.masks["brain"], prepared) < 0.5] = 0.0
+        return _Scan(prepared, targets, ignored, valid, real, t1)
 
     def _synthetic_case(self, rng: np.random.Generator) -> Case:
         heads = self._anatomies
@@ -143,12 +196,18 @@ class TrainingStream:
         else:
             index = int(rng.integers(count))
             centre = rng.uniform(0.25, 0.75, 2) * (height, width)
-        image = context_stack(scan.prepared, [index])[0]
+        image = context_stack(scan.prepared, [index], self.in_channels)[0]
+        t1 = None
+        if scan.t1 is not None:
+            t1 = context_stack(scan.prepared, [index], self.t1_channels, slices=scan.t1)[0]
+        size = self.crop or max(height, width)
         planes = np.concatenate([scan.targets[:, index], scan.ignored[None, index]])
-        image, planes = augment_crop(rng, image, planes, centre, self.crop, real=scan.real)
+        image, planes, t1 = augment_crop(rng, image, planes, centre, size, real=scan.real, t1=t1)
         target, ignored = planes[:-1], planes[-1] >= 0.5
         target[self.structures.index("wmh"), ignored] = np.nan
-        return Sample(image, target, scan.valid)
+        if t1 is not None:
+            t1 = augment_t1(rng.spawn(1)[0], t1)
+        return Sample(image, target, scan.valid, t1)
 
     @cached_property
     def _label_maps(self) -> list[Path]:
@@ -182,19 +241,58 @@ class TrainingStream:
         return MaskBank.read(self.config.path(self.config.lesion_masks), self.config.exclude_masks)
 
     @cached_property
-    def _real_files(self) -> list[tuple[Path, list[tuple[str, Path]]]]:
-        """Image and masks of every real scan; they are read when a lane comes to them."""
+    def _real_files(self) -> list[_Files]:
+        """Files of every real scan; they are read when a lane comes to them."""
         if not self.config.real_lanes:
             return []
         if self.config.manifest:
             part = read_labelled(self.config, "train", verify=True)
-            file = part.manifest.file
-            return [(file(scan.image), [("wmh", file(scan.mask))]) for scan in part.scans]
+            return [
+                _Files(
+                    part.manifest.file(scan.image),
+                    part.masks(scan),
+                    part.t1(scan) if self.t1_channels else None,
+                )
+                for scan in part.scans
+            ]
         root = self.config.path(self.config.real)
         images = sorted(root.glob("sub-*/anat/*_FLAIR.nii.gz"))
         if not images:
             raise DataError(f"{root}: no sub-*/anat/*_FLAIR.nii.gz there.")
-        return [(image, _bids_masks(root, image)) for image in images]
+        return [
+            _Files(image, _bids_masks(root, image), _bids_t1(image) if self.t1_channels else None)
+            for image in images
+        ]
+
+
+def possible_caps(
+    prepared: Prepared, ventricles: FloatArray, reach_mm: float
+) -> npt.NDArray[np.bool_]:
+    """Mark what is brighter than white matter within a distance of the ventricles.
+
+    Some readers leave caps and bands out as normal for age, others outline them: where they do not
+    say, neither should be taught.
+
+    Parameters
+    ----------
+    prepared
+        The scan, S slices of H x W pixels.
+    ventricles
+        (S, H, W) on its grid, in [0, 1].
+    reach_mm
+        Distance within the slice.
+
+    Returns
+    -------
+    array (S, H, W) bool
+    """
+    bright = prepared.slices > _CAP_CONTRAST * WHITE_MATTER_LEVEL
+    near = np.zeros_like(bright)
+    for index, plane in enumerate(ventricles > 0.5):
+        if plane.any():
+            distance_px = ndimage.distance_transform_edt(~plane)
+            near[index] = distance_px * prepared.config.pixel_size_mm <= reach_mm
+    return near & bright
 
 
 def _bids_masks(root: Path, image: Path) -> list[tuple[str, Path]]:
@@ -208,6 +306,11 @@ def _bids_masks(root: Path, image: Path) -> list[tuple[str, Path]]:
     return [(name, path) for name, path in paths if path.exists()]
 
 
+def _bids_t1(image: Path) -> Path | None:
+    path = image.with_name(image.name.replace("_FLAIR.", "_T1w."))
+    return path if path.exists() else None
+
+
 def build_stream(
     table: Mapping[str, Any],
     seed: int,
@@ -216,6 +319,9 @@ def build_stream(
     structures: tuple[str, ...],
     samples_per_step: int = 1,
     cache: Path = Path("cache"),
+    *,
+    in_channels: int = 3,
+    t1_channels: int = 0,
 ) -> TrainingStream | SliceStream:
     """Make the stream that the ``[data]`` table of a training file describes, sources checked.
 
@@ -229,13 +335,17 @@ def build_stream(
         Epochs are whole multiples of it.
     cache
         Folder for preprocessed scans, unless ``table`` names one.
+    in_channels, t1_channels
+        Slices of FLAIR and of T1 in a sample.
     """
     config = from_dict(DataConfig, table)
     common = (config, seed, crop, preprocess_config, structures)
     stream: TrainingStream | SliceStream
     if config.real_alone:
-        stream = SliceStream(*common, samples_per_step, cache)
+        stream = SliceStream(
+            *common, samples_per_step, cache, in_channels=in_channels, t1_channels=t1_channels
+        )
     else:
-        stream = TrainingStream(*common)
+        stream = TrainingStream(*common, in_channels=in_channels, t1_channels=t1_channels)
     stream.prepare()
     return stream

@@ -15,7 +15,10 @@ from pathlib import PurePosixPath
 from wmh_lora.errors import ConfigError
 from wmh_lora.files import image_suffix
 
-__all__ = ["Found", "Listing", "list_bids", "list_challenge", "list_flat"]
+__all__ = ["STRUCTURES", "Found", "Listing", "list_bids", "list_challenge", "list_flat"]
+
+#: Structures beside lesions whose masks BIDS folders may hold, as ``label-<structure>``.
+STRUCTURES = frozenset({"ventricles", "brain"})
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Found:
         What may be its reference mask: none is a missing mask, several are one too many.
     t1 : PurePosixPath or None
         The T1-weighted scan of the same session.
+    structures : mapping of str to PurePosixPath
+        Masks of `STRUCTURES`, in BIDS.
     """
 
     subject: str
@@ -42,6 +47,7 @@ class Found:
     image: PurePosixPath
     masks: tuple[PurePosixPath, ...]
     t1: PurePosixPath | None
+    structures: Mapping[str, PurePosixPath] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,7 @@ def list_bids(
     raw = [file for file in files if not file.pipeline]
     flairs = sorted((f for f in raw if f.suffix == "FLAIR"), key=lambda f: f.path)
     masks = [f for f in files if f.pipeline and _is_wmh_mask(f)]
+    others = [f for f in files if f.suffix == "mask" and f.entities.get("label") in STRUCTURES]
     if derivatives is not None:
         masks = [mask for mask in masks if mask.pipeline == derivatives]
     scans: list[Found] = []
@@ -203,6 +210,7 @@ def list_bids(
         used.update(mask.path for mask in fitting)
         labelled = [mask for mask in fitting if mask.entities.get("label", "").lower() == "wmh"]
         t1s = _of_scan(flair, [f for f in raw if f.suffix == "T1w"], alone=True)
+        near = _of_scan(flair, others, alone=len(beside) == 1)
         dataset, subject = "/".join(flair.dataset), f"sub-{flair.subject}"
         known = (sites or {}).get((dataset, subject))
         scans.append(
@@ -214,6 +222,7 @@ def list_bids(
                 image=flair.path,
                 masks=tuple(sorted(mask.path for mask in labelled or fitting)),
                 t1=min((t1.path for t1 in t1s), default=None),
+                structures={f.entities["label"]: f.path for f in near if f.pipeline in pipelines},
             )
         )
     unmatched = sorted(mask.path for mask in masks if mask.path not in used)

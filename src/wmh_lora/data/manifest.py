@@ -11,8 +11,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ UNUSABLE = frozenset(
 )
 
 
+_UNUSABLE_T1 = frozenset({"unreadable-t1", "t1-apart"})
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong with a scan.
@@ -47,7 +50,7 @@ class Problem:
     ----------
     code : str
         A member of `UNUSABLE`, or ``empty-mask``, ``duplicate-image``, ``unreadable-t1``,
-        ``t1-grid``.
+        ``t1-apart``, ``unreadable-structure``, ``structure-grid``.
     message : str
         What was found, and what to do.
     """
@@ -70,6 +73,9 @@ class Scan:
         Paths below the manifest's root, with forward slashes; empty where there is none.
     image_sha256, mask_sha256, t1_sha256 : str
         Of the files; empty where there is none or it cannot be opened.
+    structures, structures_sha256 : mapping of str to str
+        Paths and hashes of the masks of other structures (``ventricles``, ``brain``) by name; those
+        that can be used.
     shape : tuple of int, or None
         Voxels of the image along its axes; None if it is unreadable.
     spacing_mm : tuple of float, or None
@@ -93,8 +99,11 @@ class Scan:
     image_sha256: str
     mask: str
     mask_sha256: str
-    t1: str
-    t1_sha256: str
+    # of manifests made before these were listed
+    t1: str = field(default="", kw_only=True)
+    t1_sha256: str = field(default="", kw_only=True)
+    structures: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    structures_sha256: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     shape: tuple[int, int, int] | None
     spacing_mm: tuple[float, float, float] | None
     reference_ml: float | None
@@ -109,12 +118,19 @@ class Scan:
         return "_".join(part for part in (self.subject, session, self.run) if part)
 
     @property
+    def usable_t1(self) -> str:
+        """Path of the T1, or empty where there is none that shows the image's region."""
+        spoilt = any(problem.code in _UNUSABLE_T1 for problem in self.problems)
+        return "" if spoilt else self.t1
+
+    @property
     def hashes(self) -> dict[str, str]:
         """SHA-256 by path of every file of the scan that could be opened."""
         files = {
             self.image: self.image_sha256,
             self.mask: self.mask_sha256,
             self.t1: self.t1_sha256,
+            **{path: self.structures_sha256[name] for name, path in self.structures.items()},
         }
         return {path: digest for path, digest in files.items() if path and digest}
 

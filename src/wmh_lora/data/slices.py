@@ -8,51 +8,27 @@ whole optimiser steps.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from wmh_lora.config import PreprocessConfig, from_dict, to_dict
+from wmh_lora.config import PreprocessConfig
 from wmh_lora.data.augment import cut_square, place_centre
 from wmh_lora.data.fields import FloatArray
-from wmh_lora.data.manifest import Scan
-from wmh_lora.data.sources import IGNORED, DataConfig, Sample, read_labelled, read_masks
+from wmh_lora.data.slice_cache import CachedScan, ScanCache
+from wmh_lora.data.sources import DataConfig, Sample, read_labelled, require_t1
 from wmh_lora.data.variation import vary_geometry, vary_intensity
 from wmh_lora.errors import ConfigError, DataError
-from wmh_lora.files import open_atomic
-from wmh_lora.preprocess import PREPROCESS_VERSION, preprocess, to_model_grid
 
 __all__ = ["SliceStream", "neighbours"]
 
-_CACHE_FORMAT = 1
 # Random streams of their own: 0 to 3 are those of synthetic samples and of the trainer.
 _ORDER_DRAWS, _SAMPLE_DRAWS = 4, 5
 _log = logging.getLogger("wmh_lora")
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """What the cache says about a scan: ``<key>_image.npy`` and ``<key>_target.npy`` go with it.
-
-    Attributes
-    ----------
-    context_offset
-        Distance of the neighbours in slices.
-    count
-        Slices.
-    lesion
-        Slices that hold a lesion.
-    """
-
-    context_offset: int
-    count: int
-    lesion: tuple[int, ...]
 
 
 class SliceStream:
@@ -65,16 +41,19 @@ class SliceStream:
     seed
         Of everything that is drawn.
     crop
-        Side of the square samples in pixels; smaller slices are padded with zeros, so that a crop
-        larger than any head shows whole slices.
+        Side of the square samples in pixels; smaller slices are padded with zeros. 0 shows whole
+        slices, in sizes of their own.
     preprocess_config
         The same as at inference.
     structures
-        Order of the target's planes; ``wmh`` alone is labelled.
+        Order of the target's planes. All scans label ``wmh``; the manifest says which label
+        others, and the rest have no part in what is learned about them.
     samples_per_step
         Epochs are whole multiples of it.
     cache
         Folder for preprocessed scans, unless ``config`` names one.
+    in_channels, t1_channels
+        Slices of FLAIR and of T1 in a sample; without T1 channels, T1 scans are not even read.
     """
 
     def __init__(
@@ -86,6 +65,9 @@ class SliceStream:
         structures: tuple[str, ...],
         samples_per_step: int,
         cache: Path,
+        *,
+        in_channels: int = 3,
+        t1_channels: int = 0,
     ) -> None:
         self.config = config
         self.seed = seed
@@ -94,28 +76,46 @@ class SliceStream:
         self.structures = structures
         self.samples_per_step = samples_per_step
         self.cache = Path(config.cache) if config.cache else cache
+        self.in_channels, self.t1_channels = in_channels, t1_channels
         self.part = read_labelled(config, "train", verify=True)
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
-        if structures != ("wmh",):
+        labelled = {"wmh"}.union(*(scan.structures for scan in self.part.scans))
+        if unknown := [name for name in structures if name not in labelled]:
             raise ConfigError(
-                f"model.structures = {list(structures)}, but a manifest labels lesions alone, and "
-                "an output that nothing teaches would spoil the result. Set model.structures = "
-                '["wmh"], or mix synthetic scans in with data.real_lanes.'
+                f"model.structures = {list(structures)}, but no training scan of "
+                f"{self.part.manifest.path} has a mask of {' or '.join(unknown)}, and an output "
+                "that nothing teaches would spoil the result. Set model.structures = "
+                f"{json.dumps([name for name in structures if name in labelled])}, or mix "
+                "synthetic scans in with data.real_lanes."
             )
+        require_t1(t1_channels, sum(self.part.t1(scan) is not None for scan in self.part.scans))
 
     def item(self, index: int) -> Sample:
         """Make sample number ``index``, from 0."""
         epoch, place = divmod(index, self.epoch_samples)
-        scan, number = self._slices[self._epoch(epoch)[place]]
+        scan, number = (int(value) for value in self._slices[self._epoch(epoch)[place]])
         rng = np.random.default_rng([self.seed, _SAMPLE_DRAWS, index])
-        key = self._keys[scan]
-        image = neighbours(
-            np.load(self._file(key, "image"), mmap_mode="r"),
-            self._entries[scan].context_offset,
-            int(number),
+        geometry, intensity = (int(value) for value in rng.integers(2**32, size=2))
+        planes, masks, ignored = self._slice(scan, number)
+        empty = np.zeros_like(planes[0])
+        target = np.stack([masks.get(name, empty) for name in self.structures])
+        planes, target, left_out = vary_geometry(geometry, planes, target, ignored[None])
+        wmh = self.structures.index("wmh")
+        if self.crop:
+            centre = self._centre(rng, target[wmh])
+            planes, target, left_out = (
+                np.stack([cut_square(plane, centre, self.crop) for plane in stack])
+                for stack in (planes, target, left_out)
+            )
+        target[wmh, left_out[0]] = np.nan
+        image, t1 = planes[: self.in_channels], planes[self.in_channels :]
+        return Sample(
+            vary_intensity(intensity, image),
+            target,
+            np.array([name in masks for name in self.structures]),
+            # a stream of its own: FLAIR is varied alike with T1 and without
+            vary_intensity(int(rng.spawn(1)[0].integers(2**32)), t1) if len(t1) else None,
         )
-        label = np.load(self._file(key, "target"), mmap_mode="r")[number].astype(np.float32)
-        return self._vary(rng, image, label)
 
     @cached_property
     def epoch_samples(self) -> int:
@@ -127,7 +127,7 @@ class SliceStream:
     def files(self) -> list[Path]:
         """List every file that samples are made from, for the record of a run."""
         names = (self.config.manifest, self.config.split)
-        return [*map(self.config.path, names), *self.part.files()]
+        return [*map(self.config.path, names), *self.part.files(t1=self.t1_channels > 0)]
 
     def prepare(self) -> None:
         """Preprocess what is not in the cache yet, before workers start.
@@ -153,17 +153,21 @@ class SliceStream:
 
     # -- samples ---------------------------------------------------------------------------------
 
-    def _vary(self, rng: np.random.Generator, image: FloatArray, label: FloatArray) -> Sample:
-        geometry, intensity = (int(value) for value in rng.integers(2**32, size=2))
-        ignored = np.isnan(label)
-        image, target, left_out = vary_geometry(
-            geometry, image, np.where(ignored, 0, label)[None], ignored[None]
-        )
-        centre = self._centre(rng, target[0])
-        image = np.stack([cut_square(plane, centre, self.crop) for plane in image])
-        cut = cut_square(target[0], centre, self.crop)
-        cut[cut_square(left_out[0].astype(np.float32), centre, self.crop) > 0] = np.nan
-        return Sample(vary_intensity(intensity, image), cut[None], np.array([True]))
+    def _slice(
+        self, scan: int, number: int
+    ) -> tuple[FloatArray, dict[str, FloatArray], npt.NDArray[np.bool_]]:
+        """FLAIR and, after it, T1 with their neighbours; what is labelled; and what is ignored."""
+        cached = self._scans[scan]
+        offset = cached.context_offset
+        planes = neighbours(cached.array("image"), offset, number, self.in_channels)
+        if "t1" in cached.files:
+            t1 = neighbours(cached.array("t1"), offset, number, self.t1_channels)
+            planes = np.concatenate([planes, t1])
+        lesion = cached.array("target")[number].astype(np.float32)
+        masks = {"wmh": np.nan_to_num(lesion)}
+        for name in set(self.structures) & set(cached.files):
+            masks[name] = cached.array(name)[number].astype(np.float32)
+        return planes, masks, np.isnan(lesion)
 
     def _centre(self, rng: np.random.Generator, target: FloatArray) -> npt.NDArray[np.float64]:
         """Centre of the crop; whole slices lie in the middle whatever is drawn."""
@@ -188,66 +192,46 @@ class SliceStream:
     # -- scans -----------------------------------------------------------------------------------
 
     @cached_property
-    def _keys(self) -> list[str]:
-        """Names of the scans' files in the cache: another scan, mask or setting, another name."""
-        settings = [_CACHE_FORMAT, PREPROCESS_VERSION, to_dict(self.preprocess_config)]
-        contents = [[s.image_sha256, s.mask_sha256, *settings] for s in self.part.scans]
-        return [hashlib.sha256(json.dumps(c).encode()).hexdigest()[:24] for c in contents]
-
-    @cached_property
-    def _entries(self) -> list[_Entry]:
-        return [self._entry(s, key) for s, key in zip(self.part.scans, self._keys, strict=True)]
+    def _scans(self) -> list[CachedScan]:
+        cache = ScanCache(self.cache, self.preprocess_config)
+        t1 = self.t1_channels > 0
+        return [cache.scan(self.part, scan, self.structures, t1=t1) for scan in self.part.scans]
 
     @cached_property
     def _slices(self) -> npt.NDArray[np.int64]:
         """Scan and slice of every training slice, (N, 2)."""
-        pairs = [(s, i) for s, entry in enumerate(self._entries) for i in range(entry.count)]
+        pairs = [(s, i) for s, scan in enumerate(self._scans) for i in range(scan.count)]
         return np.array(pairs, dtype=np.int64)
 
     @cached_property
     def _lesion(self) -> npt.NDArray[np.int64]:
-        held = [np.isin(np.arange(entry.count), entry.lesion) for entry in self._entries]
+        held = [np.isin(np.arange(scan.count), scan.lesion) for scan in self._scans]
         return np.flatnonzero(np.concatenate(held))
 
     @cached_property
     def _others(self) -> npt.NDArray[np.int64]:
         return np.setdiff1d(np.arange(len(self._slices)), self._lesion)
 
-    def _file(self, key: str, what: str) -> Path:
-        return self.cache / f"{key}_{what}.npy"
 
-    def _entry(self, scan: Scan, key: str) -> _Entry:
-        """Read a scan's entry in the cache; make it where there is none."""
-        path = self.cache / f"{key}.json"
-        if path.is_file():
-            return from_dict(_Entry, json.loads(path.read_text(encoding="utf-8")))
-        self.cache.mkdir(parents=True, exist_ok=True)
-        file = self.part.manifest.file
-        case = read_masks(file(scan.image), [("wmh", file(scan.mask))])
-        prepared = preprocess(case.volume, self.preprocess_config)
-        target = to_model_grid(case.masks["wmh"], prepared)
-        lesion = np.flatnonzero((target > 0).any(axis=(1, 2)))
-        target[to_model_grid(case.masks[IGNORED], prepared) >= 0.5] = np.nan
-        # half precision is exact enough for the share of a pixel that is lesion
-        for what, array in (("image", prepared.slices), ("target", target.astype(np.float16))):
-            with open_atomic(self._file(key, what), overwrite=True) as stream:
-                np.save(stream, array)
-        entry = _Entry(prepared.context_offset, len(target), tuple(lesion.tolist()))
-        with open_atomic(path, overwrite=True) as stream:  # last: it says that the rest is there
-            stream.write(json.dumps(to_dict(entry)).encode())
-        return entry
-
-
-def neighbours(slices: npt.NDArray[np.float32], offset: int, index: int) -> FloatArray:
-    """One slice with its neighbours, (3, H, W): a row of `wmh_lora.preprocess.context_stack`.
+def neighbours(
+    slices: npt.NDArray[np.float32], offset: int, index: int, channels: int = 3
+) -> FloatArray:
+    """One slice with its neighbours: a row of `wmh_lora.preprocess.context_stack`.
 
     Parameters
     ----------
     slices
-        (S, H, W), in memory or mapped: only three are read.
+        (S, H, W), in memory or mapped: only those shown are read.
     offset
         Distance of the neighbours.
     index
         Of the slice; the outermost one stands in for neighbours beyond the ends.
+    channels
+        Slices shown, an odd number.
+
+    Returns
+    -------
+    array (channels, H, W)
     """
-    return np.stack([slices[min(max(index + d, 0), len(slices) - 1)] for d in (-offset, 0, offset)])
+    shown = (index + offset * (channel - channels // 2) for channel in range(channels))
+    return np.stack([slices[min(max(place, 0), len(slices) - 1)] for place in shown])

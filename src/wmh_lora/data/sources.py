@@ -26,7 +26,7 @@ __all__ = [
     "read_labelled",
     "read_masks",
 ]
-__all__ += ["relative_to_root"]
+__all__ += ["relative_to_root", "require_t1"]
 
 IGNORED = "ignored"
 """Name, among a case's masks, of what is neither lesion nor background."""
@@ -69,6 +69,9 @@ class DataConfig:
         Crops taken before a lane moves to its next scan.
     lesion_share
         Fraction of crops placed around a lesion, where there is one.
+    cap_reach_mm
+        Distance from the labelled ventricles of ``real`` scans within which bright pixels that are
+        not labelled are ignored: for masks that leave normal caps and bands out. 0 ignores none.
     """
 
     root: str = ""
@@ -86,6 +89,7 @@ class DataConfig:
     real_lanes: int = 0
     crops_per_scan: int = 24
     lesion_share: float = 0.7
+    cap_reach_mm: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.real_lanes <= self.lanes or self.lanes < 1:
@@ -128,16 +132,19 @@ class Sample:
     Attributes
     ----------
     image
-        (3, h, w) float32 in [0, 1].
+        (in_channels, h, w) float32 in [0, 1].
     target
         (n, h, w) float32 in [0, 1]; NaN in pixels that are neither the structure nor background.
     valid
         (n,), which structures are labelled.
+    t1
+        (t1_channels, h, w) float32 in [0, 1]; None where the scan has no T1.
     """
 
     image: FloatArray
     target: FloatArray
     valid: npt.NDArray[np.bool_]
+    t1: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -156,9 +163,22 @@ class LabelledScans:
     split: Split
     scans: tuple[Scan, ...]
 
-    def files(self) -> list[Path]:
-        """List the images and the masks."""
-        return [self.manifest.file(p) for scan in self.scans for p in (scan.image, scan.mask)]
+    def files(self, *, t1: bool = False) -> list[Path]:
+        """List the images and the masks, and the T1 scans that can be used if they are."""
+        paths = []
+        for scan in self.scans:
+            paths += [scan.image, scan.mask, *scan.structures.values()]
+            paths += [scan.usable_t1] if t1 and scan.usable_t1 else []
+        return [self.manifest.file(path) for path in paths]
+
+    def masks(self, scan: Scan) -> list[tuple[str, Path]]:
+        """List the structures that are labelled in a scan, with their masks."""
+        paths = {"wmh": scan.mask, **scan.structures}
+        return [(name, self.manifest.file(path)) for name, path in paths.items()]
+
+    def t1(self, scan: Scan) -> Path | None:
+        """Return where the T1 of a scan lies, if it has one that can be used."""
+        return self.manifest.file(scan.usable_t1) if scan.usable_t1 else None
 
 
 def read_labelled(config: DataConfig, part: Part, *, verify: bool = False) -> LabelledScans:
@@ -191,6 +211,16 @@ def read_labelled(config: DataConfig, part: Part, *, verify: bool = False) -> La
             "scan; `wmh-lora data prepare` tells what is wrong with the scans."
         )
     return LabelledScans(manifest, split, scans)
+
+
+def require_t1(t1_channels: int, scans_with_t1: int) -> None:
+    """Raise ConfigError if a model is to learn about T1 and no scan shows it any."""
+    if t1_channels and not scans_with_t1:
+        raise ConfigError(
+            f"model.t1_channels = {t1_channels}, but no training scan has a T1 that can be used. "
+            "Set model.t1_channels = 0, or give the scans their T1 (`wmh-lora data prepare` tells "
+            "how many have one)."
+        )
 
 
 def read_masks(image: Path, masks: Iterable[tuple[str, Path]]) -> Case:

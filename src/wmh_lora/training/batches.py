@@ -50,7 +50,8 @@ class Batch(NamedTuple):
     Attributes
     ----------
     image, target, valid
-        (B, C, h, w), (B, S, h, w) and (B, S).
+        (B, C, h, w), (B, S, h, w) and (B, S). Crops of unlike sizes are padded with background
+        around them.
     t1, t1_present
         (B, T, h, w), zero where T1 is missing, and (B,) bool; None if no crop has T1.
     """
@@ -116,16 +117,29 @@ def batch_loader(
 
 
 def _collate(samples: Sequence[SampleLike]) -> Batch:
+    size = tuple(max(s.image.shape[axis] for s in samples) for axis in (-2, -1))
+
     def stack(name: str) -> Tensor:
-        return torch.stack([torch.as_tensor(np.asarray(getattr(s, name))) for s in samples])
+        return torch.stack([_padded(getattr(sample, name), size) for sample in samples])
 
-    crops = stack("image").float(), stack("target").float(), stack("valid").bool()
-    return Batch(*crops, *_collate_t1([getattr(sample, "t1", None) for sample in samples]))
+    valid = torch.stack([torch.as_tensor(np.asarray(sample.valid)) for sample in samples])
+    planes = [getattr(sample, "t1", None) for sample in samples]
+    t1 = _collate_t1([None if p is None else _padded(p, size) for p in planes])
+    return Batch(stack("image"), stack("target"), valid.bool(), *t1)
 
 
-def _collate_t1(planes: Sequence[Any]) -> tuple[Tensor | None, Tensor | None]:
+def _padded(planes: npt.NDArray[np.float32], size: tuple[int, ...]) -> Tensor:
+    """Planes (n, h, w) in the middle of planes of ``size``, zero around them."""
+    tensor = torch.as_tensor(np.asarray(planes)).float()
+    rows, columns = (whole - length for whole, length in zip(size, tensor.shape[1:], strict=True))
+    if not rows and not columns:
+        return tensor
+    around = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+    return torch.nn.functional.pad(tensor, around)
+
+
+def _collate_t1(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
     """T1 of every crop, zero where it is missing, and where it is there."""
-    tensors = [None if p is None else torch.as_tensor(np.asarray(p)).float() for p in planes]
     some = next((tensor for tensor in tensors if tensor is not None), None)
     if some is None:
         return None, None

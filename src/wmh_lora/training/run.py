@@ -26,6 +26,7 @@ from wmh_lora.models.model_file import ModelCard, file_sha256, save_model
 from wmh_lora.models.network import WMHNet, build_network
 from wmh_lora.models.weights import resolve_base_weights
 from wmh_lora.training.checkpoint import checkpoint_paths
+from wmh_lora.training.locking import locks_run_folder
 from wmh_lora.training.logbook import RunLogs
 from wmh_lora.training.losses import SegmentationLoss
 from wmh_lora.training.processes import Processes
@@ -36,9 +37,9 @@ from wmh_lora.training.validate import Validator, validation_files
 __all__ = ["read_run_folder", "train", "with_split_validation"]
 
 _log = logging.getLogger("wmh_lora")
-_CHANNELS = 3  # of `wmh_lora.preprocess.context_stack`
 
 
+@locks_run_folder
 def train(
     config: RunConfig,
     run_dir: Path,
@@ -69,7 +70,8 @@ def train(
     Raises
     ------
     ConfigError
-        If a setting is wrong, data are absent, or the folder holds another run.
+        If a setting is wrong, data are absent, the folder holds another run, or another training
+        is going on in it.
     DataError
         If files have changed since the manifest was made; the message names all of them.
     """
@@ -122,10 +124,12 @@ def with_split_validation(config: RunConfig) -> RunConfig:
     part = read_labelled(data, "validation")
     cases = []
     for scan in part.scans:
-        image, mask = (
-            relative_to_root(part.manifest.file(path), data) for path in (scan.image, scan.mask)
+        t1 = scan.usable_t1 if config.model.t1_channels else ""
+        image, mask, t1 = (
+            relative_to_root(part.manifest.file(path), data) if path else ""
+            for path in (scan.image, scan.mask, t1)
         )
-        cases.append(ValidationCase(image, mask, scan.name))
+        cases.append(ValidationCase(image, mask, scan.name, t1=t1))
     if not cases:
         _log.warning("the split has no validation part: no best model is chosen, only the last")
     return replace(config, validation=tuple(cases))
@@ -144,6 +148,8 @@ def _build_stream(config: RunConfig, run_dir: Path, processes: Processes) -> Any
             config.model.structures,
             settings.samples_per_step,
             run_dir / "cache",
+            in_channels=config.model.in_channels,
+            t1_channels=config.model.t1_channels,
         )
 
     stream = build() if processes.first else None
@@ -193,11 +199,6 @@ def _base_weights(config: RunConfig) -> Path | None:
 
 def _check_sizes(config: RunConfig, multiple: int) -> None:
     """Raise ConfigError unless the network can take the crops and the scans."""
-    if config.model.in_channels != _CHANNELS:
-        raise ConfigError(
-            f"model.in_channels = {config.model.in_channels}, but preprocessing makes {_CHANNELS}: "
-            "the slice and a neighbour on each side."
-        )
     sizes = {
         "training.crop": config.training.crop,
         "preprocess.multiple_px": config.preprocess.multiple_px,

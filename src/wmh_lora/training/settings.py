@@ -13,6 +13,7 @@ from wmh_lora.config import ModelConfig, PreprocessConfig, from_dict, read_toml
 from wmh_lora.data.sources import DataConfig
 from wmh_lora.errors import ConfigError
 from wmh_lora.training.losses import LossConfig
+from wmh_lora.training.presets import config_path
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,7 +42,7 @@ class TrainingConfig:
         Crops in one forward pass, and forward passes in one optimiser step, those of all
         processes together.
     crop
-        Side of the square training crops, pixels; whole slices where it is larger than a head.
+        Side of the square training crops, pixels; 0 for whole slices.
     base_weights
         Checkpoint of the base encoder; the installed or cached one by default.
     seed
@@ -63,7 +64,7 @@ class TrainingConfig:
         Largest global gradient norm.
     precision
         ``fp32``, or ``bf16`` or ``fp16`` for autocast of the forward pass, the latter with a scaled
-        loss.
+        loss; ``auto`` for the one that the device is fastest in.
     device
         ``auto`` for a GPU where there is one, or ``cpu``.
     gradient_checkpointing
@@ -117,7 +118,7 @@ class TrainingConfig:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     grad_clip: float = 1.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
     gradient_checkpointing: bool = False
     t1_dropout: float = 0.5
@@ -135,11 +136,11 @@ class TrainingConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "crop", "keep_checkpoints"):
+        for name in ("steps", "batch_size", "accumulation", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("log_steps", "validation_stride", "validation_batch"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("warmup_steps", "workers", "threads", "validate_steps", "seed"):
+        for name in ("warmup_steps", "workers", "threads", "validate_steps", "seed", "crop"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("epochs", "warmup_epochs", "checkpoint_epochs", "validate_epochs"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
@@ -158,8 +159,8 @@ class TrainingConfig:
             self.betas,
             "two numbers in [0, 1)",
         )
-        known = self.precision in ("fp32", "bf16", "fp16")
-        _require(known, "precision", self.precision, "fp32, bf16 or fp16")
+        known = self.precision in ("auto", "fp32", "bf16", "fp16")
+        _require(known, "precision", self.precision, "auto, fp32, bf16 or fp16")
         _require(self.device in ("auto", "cpu"), "device", self.device, "auto or cpu")
         known = self.schedule in ("cosine", "warm-restarts")
         _require(known, "schedule", self.schedule, "cosine or warm-restarts")
@@ -209,12 +210,15 @@ class ValidationCase:
         Name in the log; the stem of the image by default.
     stride
         Every n-th slice of this case; 0 takes ``training.validation_stride``.
+    t1
+        T1 of the same head, for models with ``t1_channels``; empty to show them FLAIR alone.
     """
 
     image: str
     reference: str = ""
     name: str = ""
     stride: int = 0
+    t1: str = ""
 
     def __post_init__(self) -> None:
         _require(bool(self.image), "image", self.image, "the path of a scan")
@@ -252,13 +256,20 @@ class RunConfig:
 def read_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a training configuration and apply ``key.key=value`` overrides.
 
+    Parameters
+    ----------
+    path
+        TOML file, or the name of a preset (`wmh_lora.training.presets`).
+    overrides
+        See `apply_overrides`.
+
     Raises
     ------
     ConfigError
         If the file cannot be read, or a key is unknown, or a value is of the wrong type or out
         of range; the message names all of them.
     """
-    table = apply_overrides(read_toml(path), overrides)
+    table = apply_overrides(read_toml(config_path(path)), overrides)
     problems = []
     training = table.get("training")
     if isinstance(training, Mapping) and training.get("epochs") and "steps" in training:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from wmh_lora.errors import ConfigError, WMHError
 from wmh_lora.models.decoder import DecoderOutput
 from wmh_lora.models.network import WMHNet
+from wmh_lora.models.precision import fast_dtype
 from wmh_lora.training.average import averaged_weights, copy_parameters, update_average
 from wmh_lora.training.batches import Batch, StreamLike, batch_loader
 from wmh_lora.training.checkpoint import (
@@ -40,7 +41,7 @@ _log = logging.getLogger("wmh_lora")
 _MAX_BAD_STEPS = 20
 # Random streams of their own: the samples of the same seed use others.
 _T1_DRAWS, _DROPOUT_DRAWS = 2, 3
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Loss = Callable[[DecoderOutput, Tensor, Tensor], LossTerms]
 SaveModel = Callable[[WMHNet, Path, Mapping[str, Any]], None]
@@ -105,9 +106,9 @@ class Trainer:
         if not self.parameters:
             raise ConfigError("the network has no parameter that requires a gradient.")
         self.optimizer = torch.optim.AdamW(parameter_groups(net, config), betas=config.betas)
-        self.scaler = torch.amp.GradScaler(
-            self.processes.device.type, enabled=config.precision == "fp16"
-        )
+        device = self.processes.device
+        self.dtype = _DTYPES.get(config.precision) or fast_dtype(device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.average = copy_parameters(net) if config.ema_decay > 0 else {}
         self.steps_done = 0
         self.samples_seen = 0
@@ -156,8 +157,7 @@ class Trainer:
         # Dropout as a function of the step and the micro-batch, whoever computes it.
         draws = np.random.SeedSequence([config.seed, _DROPOUT_DRAWS, self.steps_done, part])
         torch.manual_seed(int(draws.generate_state(1)[0]))
-        half = _HALF.get(config.precision)
-        with torch.autocast(device, half, enabled=half is not None):
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             output = self.net.forward_train(batch.image, *self._visible_t1(batch, part))
         loss = self.loss(output, batch.target, batch.valid)
         self.scaler.scale(loss.total / config.accumulation).backward()

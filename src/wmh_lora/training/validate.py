@@ -20,6 +20,7 @@ from wmh_lora.evaluation.metrics import dice
 from wmh_lora.files import image_stem
 from wmh_lora.models.network import lesion_probability
 from wmh_lora.preprocess import Prepared, context_stack, preprocess, restore, to_model_grid
+from wmh_lora.t1 import prepare_t1
 from wmh_lora.training.settings import RunConfig, ValidationCase
 from wmh_lora.volume import Volume
 
@@ -37,6 +38,7 @@ class _LoadedCase:
     name: str
     stride: int
     prepared: Prepared
+    t1: FloatArray | None
     reference: BoolArray
     counted: BoolArray  # False in other pathology
     healthy: bool
@@ -79,7 +81,14 @@ class Validator:
         for case in self._cases:
             started = time.monotonic()
             probability = predict_probability(
-                net, case.prepared, batch, self.config.model.structures, stride=case.stride
+                net,
+                case.prepared,
+                batch,
+                self.config.model.structures,
+                stride=case.stride,
+                in_channels=self.config.model.in_channels,
+                t1=case.t1,
+                t1_channels=self.config.model.t1_channels,
             )
             if case.stride == 1:
                 probability = restore(probability, case.prepared)
@@ -89,9 +98,11 @@ class Validator:
 
 
 def validation_files(config: RunConfig) -> list[Path]:
-    """Every image and reference of the validation scans."""
-    names = [name for case in config.validation for name in (case.image, case.reference) if name]
-    return [config.resolve(name) for name in names]
+    """Every image and reference of the validation scans, and T1 where the model takes it."""
+    names: list[str] = []
+    for case in config.validation:
+        names += [case.image, case.reference, case.t1 if config.model.t1_channels else ""]
+    return [config.resolve(name) for name in names if name]
 
 
 def predict_probability(
@@ -101,13 +112,17 @@ def predict_probability(
     structures: Sequence[str] = ("wmh",),
     *,
     stride: int = 1,
+    in_channels: int = 3,
+    t1: FloatArray | None = None,
+    t1_channels: int = 0,
 ) -> FloatArray:
     """Probability of lesion on every ``stride``-th slice of a prepared scan.
 
     Parameters
     ----------
     net
-        Network in evaluation mode; returns logits (B, structures, H, W).
+        Network in evaluation mode; returns logits (B, structures, H, W) of FLAIR slices and,
+        with ``t1``, T1 slices.
     prepared
         Scan on the grid of the network.
     batch
@@ -116,6 +131,10 @@ def predict_probability(
         Meaning of the network's outputs.
     stride
         Slices 0, ``stride``, 2 ``stride``, ... are predicted.
+    in_channels, t1_channels
+        FLAIR and T1 slices that the network sees at once.
+    t1
+        (S, H, W) of `wmh_lora.t1.prepare_t1`; None to show FLAIR alone.
 
     Returns
     -------
@@ -127,8 +146,11 @@ def predict_probability(
     planes = []
     with torch.inference_mode():
         for first in range(0, len(indices), batch):
-            stack = context_stack(prepared, indices[first : first + batch])
-            output = net(torch.from_numpy(np.ascontiguousarray(stack)).to(device))
+            shown = indices[first : first + batch]
+            stacks = [context_stack(prepared, shown, in_channels)]
+            if t1 is not None:
+                stacks.append(context_stack(prepared, shown, t1_channels, slices=t1))
+            output = net(*(torch.from_numpy(np.ascontiguousarray(s)).to(device) for s in stacks))
             logits = output if isinstance(output, torch.Tensor) else output[0]
             planes.append(lesion_probability(logits, structures).cpu().numpy())
     return np.concatenate(planes).astype(np.float32, copy=False)
@@ -170,6 +192,9 @@ def _load(case: ValidationCase, config: RunConfig) -> _LoadedCase:
     reference = (labels > 0) & counted
     healthy = not reference.any()
     prepared = preprocess(volume, config.preprocess)
+    t1 = None
+    if case.t1 and config.model.t1_channels:
+        t1 = prepare_t1(Volume.read(config.resolve(case.t1)), prepared, volume)
     stride = case.stride or config.training.validation_stride
     element_ml = volume.voxel_volume_ml
     if stride > 1:
@@ -181,7 +206,7 @@ def _load(case: ValidationCase, config: RunConfig) -> _LoadedCase:
         pixel_ml = config.preprocess.pixel_size_mm**2 * prepared.view.spacing_mm[0] / 1000
         element_ml = pixel_ml * slices / len(reference)
     name = case.name or image_stem(image)
-    return _LoadedCase(name, stride, prepared, reference, counted, healthy, element_ml)
+    return _LoadedCase(name, stride, prepared, t1, reference, counted, healthy, element_ml)
 
 
 def _score(case: _LoadedCase, probability: FloatArray) -> dict[str, Any]:

@@ -111,13 +111,16 @@ def test_flipped_mask_of_equal_shape_is_noticed(tmp_path: Path) -> None:
 
 
 def test_every_bad_file_is_kept_and_marked(tmp_path: Path) -> None:
-    for seed, name in enumerate("abcd"):
+    for seed, name in enumerate("abcde"):
         pair(tmp_path, name, seed)
     (tmp_path / "a_FLAIR.nii.gz").write_bytes(b"no image")
     damaged = (tmp_path / "b_mask.nii.gz").read_bytes()
     (tmp_path / "b_mask.nii.gz").write_bytes(damaged[: len(damaged) // 2])
     (tmp_path / "c_mask.nii.gz").unlink()
-    write(tmp_path / "d_T1.nii.gz", image(9, (16, 16, 16)))
+    elsewhere = np.diag([*SPACING_MM, 1.0])
+    elsewhere[0, 3] = 500.0
+    write(tmp_path / "d_T1.nii.gz", image(9), elsewhere)
+    write(tmp_path / "e_T1.nii.gz", image(10, (16, 16, 16)))
     (tmp_path / "c_T1.nii.gz").write_bytes(b"")
     manifest = make_manifest(tmp_path)
     found = {scan.name: (codes(scan), scan.usable) for scan in manifest.scans}
@@ -125,11 +128,13 @@ def test_every_bad_file_is_kept_and_marked(tmp_path: Path) -> None:
         "a": ({"unreadable-image"}, False),
         "b": ({"unreadable-mask"}, False),
         "c": ({"missing-mask", "unreadable-t1"}, False),
-        "d": ({"t1-grid"}, True),
+        "d": ({"t1-apart"}, True),
+        "e": (set(), True),
     }
     text = " ".join(p.message for scan in manifest.scans for p in scan.problems)
     assert str(tmp_path) not in text
-    assert [scan.name for scan in manifest.usable] == ["d"]
+    assert [scan.name for scan in manifest.usable] == ["d", "e"]
+    assert [scan.usable_t1 for scan in manifest.usable] == ["", "e_T1.nii.gz"]
     # the bytes of a damaged file are still pinned
     assert manifest.scans[0].image_sha256
 

@@ -128,14 +128,14 @@ def test_a_crop_keeps_image_and_target_together() -> None:
     for seed in range(30):
         rng = np.random.default_rng(seed)
         for real in (False, True):
-            crop, label = augment_crop(rng, image, target, np.array([50.0, 40.0]), 64, real=real)
+            crop, label, _ = augment_crop(rng, image, target, np.array([50.0, 40.0]), 64, real=real)
             assert crop.shape == (3, 64, 64)
             assert label.shape == (1, 64, 64)
             bright = crop[1] > 0.4
             inside = label[0] > 0.5
             overlap = 2 * (bright & inside).sum() / (bright.sum() + inside.sum())
             assert overlap > 0.85
-    small, _ = augment_crop(
+    small, _, _ = augment_crop(
         np.random.default_rng(0),
         image[:, :40, :40],
         target[:, :40, :40],

@@ -12,7 +12,7 @@ import pytest
 
 from tests.labelled_scans import write_labelled_scans
 from wmh_lora.config import PreprocessConfig, from_dict
-from wmh_lora.data import slices, sources
+from wmh_lora.data import slice_cache, sources
 from wmh_lora.data.dataset import TrainingStream, build_stream
 from wmh_lora.data.slices import SliceStream, neighbours
 from wmh_lora.data.sources import DataConfig, read_labelled, read_masks
@@ -79,7 +79,7 @@ def test_other_pathology_is_neither_lesion_nor_background(make: Make) -> None:
         case = read_masks(part.manifest.file(scan.image), [("wmh", part.manifest.file(scan.mask))])
         assert case.masks["wmh"].sum() == 28
         assert case.masks["ignored"].sum() == 4 * 6
-        target = np.load(stream._file(stream._keys[number], "target"))
+        target = stream._scans[number].array("target")
         assert np.isnan(target).sum() == 24
         assert np.nansum(target) == 28
     samples = [stream.item(index) for index in range(4 * stream.epoch_samples)]
@@ -95,18 +95,19 @@ def test_the_cache_holds_what_preprocessing_makes_and_is_used(
     manifest, scan = stream.part.manifest, stream.part.scans[1]
     case = read_masks(manifest.file(scan.image), [("wmh", manifest.file(scan.mask))])
     prepared = preprocess(case.volume, GRID)
-    image = np.load(stream._file(stream._keys[1], "image"), mmap_mode="r")
+    cached = stream._scans[1]
+    image = cached.array("image")
     np.testing.assert_array_equal(image, prepared.slices)
     for index in range(len(image)):
         np.testing.assert_array_equal(
-            neighbours(image, stream._entries[1].context_offset, index),
+            neighbours(image, cached.context_offset, index),
             context_stack(prepared, [index])[0],
         )
-    target = np.load(stream._file(stream._keys[1], "target")).astype(np.float32)
+    target = cached.array("target").astype(np.float32)
     expected = to_model_grid(case.masks["wmh"], prepared)
     np.testing.assert_allclose(np.nan_to_num(target), expected, atol=1e-3)
 
-    monkeypatch.setattr(slices, "preprocess", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(slice_cache, "preprocess", lambda *_: pytest.fail("read again"))
     make()
 
 

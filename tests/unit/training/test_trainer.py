@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from wmh_lora.errors import ConfigError, WMHError
+from wmh_lora.models import precision
 from wmh_lora.models.network import WMHNet
 from wmh_lora.training.checkpoint import checkpoint_paths, load_newest_checkpoint, trained_state
 from wmh_lora.training.optimizer import parameter_groups
@@ -70,6 +71,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     _assert_same(whole, resumed)
     steps = [record["step"] for record in _records(tmp_path / "parts")]
     assert steps == [record["step"] for record in _records(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_precision_is_the_fastest_of_the_processor(
+    fakes: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fast: bool,
+    expected: torch.dtype,
+) -> None:
+    monkeypatch.setattr(precision, "has_fast_bfloat16", lambda: fast)
+    trainer = fakes.tiny_trainer(tmp_path, precision="auto")
+    assert trainer.dtype == expected
+    assert not trainer.scaler.is_enabled()
+    named = fakes.tiny_trainer(tmp_path, precision="fp16")
+    assert named.dtype == torch.float16
+    assert named.scaler.is_enabled()
 
 
 @pytest.mark.parametrize(

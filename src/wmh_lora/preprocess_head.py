@@ -1,0 +1,154 @@
+"""Where the head is in a scan, and the two intensities that its scale is fixed by."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from wmh_lora.errors import DataError
+from wmh_lora.view import View
+from wmh_lora.volume import Volume
+
+__all__ = ["coarse_scan", "find_background", "find_head", "landmarks", "shows_head"]
+
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+_COARSE_MM = 3.0
+_CORE_DEPTHS_MM = (20.0, 10.0, 5.0, 0.0)
+_CORE_HEIGHT_MM = 110.0
+_CORE_MINIMUM_ML = 20.0
+_FLOOR_PERCENTILE = 1.0
+
+
+def find_background(scan: FloatArray) -> BoolArray:
+    """Mark voxels that hold no measurement: not finite, or the constant that fills the border.
+
+    Brain-extracted, defaced and padded scans hold one exact value outside; whatever it is (0,
+    -1000, a maximum), it must not be taken for tissue.
+    """
+    background = ~np.isfinite(scan)
+    faces = [np.take(scan, index, axis).ravel() for axis in range(3) for index in (0, -1)]
+    border = np.concatenate(faces)
+    border = border[np.isfinite(border)]
+    if border.size:
+        values, counts = np.unique(border, return_counts=True)
+        if counts.max() > 0.5 * border.size:
+            background |= scan == values[counts.argmax()]
+    if background.all():
+        raise DataError("The image holds one value everywhere; it has no tissue to segment.")
+    return background
+
+
+def find_head(coarse: FloatArray, spacing_mm: tuple[float, float, float]) -> BoolArray:
+    """Find the head (or the extracted brain) on a coarse grid.
+
+    Otsu's threshold (IEEE Trans SMC 9:62, 1979), cleaned, holes filled slice by slice, largest
+    component. Falls back to everything where the result is implausibly small.
+    """
+    smooth = ndimage.gaussian_filter(coarse, 0.7)
+    head = smooth > _otsu(smooth)
+    disc = ndimage.generate_binary_structure(2, 1)[None]
+    # a margin lets closing and filling work on a head that touches the border
+    head = np.pad(ndimage.binary_opening(head, disc), ((0, 0), (3, 3), (3, 3)))
+    head = ndimage.binary_closing(head, disc, iterations=3)
+    head = np.stack([ndimage.binary_fill_holes(plane) for plane in head])[:, 3:-3, 3:-3]
+    labels, count = ndimage.label(head)
+    if count > 1:
+        head = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
+    if head.sum() * np.prod(spacing_mm) / 1000.0 < _CORE_MINIMUM_ML:
+        return np.ones_like(head)
+    return np.asarray(head, dtype=np.bool_)
+
+
+def coarse_scan(
+    scan: FloatArray, background: BoolArray, spacing_mm: tuple[float, float, float]
+) -> tuple[FloatArray, tuple[float, float, float]]:
+    """Take every n-th voxel (about 3 mm apart), background set to the darkest measured level."""
+    steps = [max(1, round(_COARSE_MM / s)) for s in spacing_mm]
+    # as much is left over before the first sample as after the last
+    starts = [(n - 1) % k // 2 for n, k in zip(scan.shape, steps, strict=True)]
+    sampled = tuple(slice(start, None, k) for start, k in zip(starts, steps, strict=True))
+    values, outside = scan[sampled], background[sampled]
+    if outside.all():
+        raise DataError("The image holds too few measured voxels to find a head.")
+    dark = np.percentile(values[~outside], 0.5)
+    spacing = tuple(s * k for s, k in zip(spacing_mm, steps, strict=True))
+    return np.where(outside, dark, values).astype(np.float32), (spacing[0], spacing[1], spacing[2])
+
+
+def landmarks(
+    coarse: FloatArray,
+    head: BoolArray,
+    spacing_mm: tuple[float, float, float],
+    superior: int,
+    volume: Volume,
+) -> tuple[float, float]:
+    """Return the dark end and the mode of the intensities deep inside the upper head.
+
+    Depth keeps scalp fat, bone and ragged extraction edges out, so that the same brain gets the
+    same landmarks with its skull and without.
+    """
+    present = np.flatnonzero(head.any(axis=tuple(a for a in range(3) if a != superior)))
+    height = int(_CORE_HEIGHT_MM / spacing_mm[superior])
+    upper = np.zeros_like(head)
+    along = [slice(None)] * 3
+    # slices ascend to the top of the head; rows descend from it
+    along[superior] = (
+        slice(max(0, present[-1] - height), present[-1] + 1)
+        if superior == 0
+        else slice(present[0], present[0] + height + 1)
+    )
+    upper[tuple(along)] = head[tuple(along)]
+    depth = ndimage.distance_transform_edt(head, sampling=spacing_mm)
+    for minimum in _CORE_DEPTHS_MM:
+        core = coarse[upper & (depth > minimum)]
+        if core.size * np.prod(spacing_mm) / 1000.0 > _CORE_MINIMUM_ML:
+            break
+    if core.size == 0:
+        core = coarse[head]
+    floor = float(np.percentile(core, _FLOOR_PERCENTILE))
+    mode = _mode(core)
+    if not mode > floor:  # more than half of the core is one dark value
+        mode = float(core.max())
+    if not mode > floor:
+        source = volume.path or "the image"
+        raise DataError(f"{source}: the head shows no contrast; is this a FLAIR image of a brain?")
+    return floor, mode
+
+
+def _mode(values: FloatArray) -> float:
+    """Return the most frequent level: the peak of a smoothed histogram."""
+    low, high = np.percentile(values, [0.5, 99.5])
+    if not high > low:
+        return float(high)
+    counts, edges = np.histogram(values, bins=128, range=(float(low), float(high)))
+    smooth = ndimage.gaussian_filter1d(counts.astype(np.float64), 3.0, mode="constant")
+    # CSF can be the sharper peak where ventricles are large: look above the darkest quarter only
+    start = len(smooth) // 4
+    peak = start + int(np.argmax(smooth[start:]))
+    return float((edges[peak] + edges[peak + 1]) / 2)
+
+
+def _otsu(values: FloatArray) -> float:
+    """Return the level that best separates two classes (largest between-class variance)."""
+    low, high = np.percentile(values, [0.5, 99.5])
+    if not high > low:
+        return float(low)
+    counts, edges = np.histogram(values, bins=256, range=(float(low), float(high)))
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts).astype(np.float64)
+    above = below[-1] - below
+    sums = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        variance = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
+    return float(edges[1:][np.nanargmax(variance[:-1])])
+
+
+def shows_head(view: View, head: BoolArray, spacing_mm: tuple[float, float, float]) -> BoolArray:
+    """Mark the kept slices of a view that show the head, or lie a coarse slice away from it."""
+    present = ndimage.binary_dilation(head.any(axis=(1, 2)))
+    centres = (np.arange(*view.slices) + 0.5) * view.spacing_mm[0] / spacing_mm[0]
+    coarse = np.minimum(centres.astype(np.int64), len(head) - 1)
+    return np.asarray(present[coarse], dtype=np.bool_)
