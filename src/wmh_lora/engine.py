@@ -8,32 +8,49 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
-from nibabel.nifti2 import Nifti2Header
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from wmh_lora.config import InferenceConfig, PreprocessConfig, TtaMode, from_dict
-from wmh_lora.errors import DeviceError
-from wmh_lora.logs import LOGGER, collect_warnings
-from wmh_lora.models.network import lesion_probability
+from wmh_lora.engine_device import NetworkOnDevice, choose_device, choose_dtype, device_errors
+from wmh_lora.engine_memory import ScanSize, batch_within
+from wmh_lora.engine_scan import (
+    Scan,
+    ScanMaps,
+    as_volume,
+    find_lesions,
+    maps_on_scan,
+    nifti_reference,
+    warn_about_missing_values,
+)
+from wmh_lora.engine_views import (
+    VIEWS,
+    Look,
+    ProgressCallback,
+    Seen,
+    SliceMaps,
+    ViewKey,
+    average_views,
+)
+from wmh_lora.logs import collect_warnings
 from wmh_lora.models.registry import Model, load_model
-from wmh_lora.postprocess import apply_threshold, describe_lesions, remove_small_components
-from wmh_lora.preprocess import Prepared, context_stack, preprocess, restore
+from wmh_lora.postprocess import apply_threshold, remove_small_components
+from wmh_lora.preprocess import Prepared, context_stack, preprocess
 from wmh_lora.report.outputs import OutputFiles, Segmentation
 from wmh_lora.volume import Volume
 
 __all__ = [
     "Model",
     "OutputFiles",
+    "ProgressCallback",
+    "ScanMaps",
     "Segmentation",
     "WMHInferenceEngine",
     "choose_device",
@@ -41,24 +58,9 @@ __all__ = [
     "segment",
 ]
 
-#: Called with (steps done, steps in all); a step is one slice in one view.
-ProgressCallback = Callable[[int, int], None]
-
-# Views are (quarter turns, mirrored first). The flips are members of the dihedral group: two
-# quarter turns and a left-right mirror make an anterior-posterior mirror.
-_VIEWS: Mapping[TtaMode, tuple[tuple[int, bool], ...]] = {
-    "none": ((0, False),),
-    "flip": ((0, False), (0, True), (2, False), (2, True)),
-    "d4": tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4)),
-}
-# CUDA, MPS and the CPU's allocator have no exception class in common.
-_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory")
-_PROBABILITY_STEPS = 4096.0
-_SMALLEST_REPORTED_SHARE = 1e-4  # of voxels without a finite value
-
 
 def segment(
-    path: str | os.PathLike[str] | Volume,
+    path: Scan,
     *,
     model: str | os.PathLike[str] | Model = "default",
     tta: TtaMode | None = None,
@@ -66,13 +68,14 @@ def segment(
     min_voxels: int | None = None,
     device: str | torch.device = "auto",
     progress: ProgressCallback | None = None,
+    **settings: Any,
 ) -> Segmentation:
     """Find white matter hyperintensities in one FLAIR scan.
 
     Parameters
     ----------
-    path : path or Volume
-        A .nii, .nii.gz, .mgz or .nrrd file, or a volume in memory.
+    path : path, Volume or nibabel SpatialImage
+        A .nii, .nii.gz, .mgz or .nrrd file, or an image in memory.
     model : str, path or Model
         See `load_model`; pass a loaded `Model` when there are many scans.
     tta : {"none", "flip", "d4"}, optional
@@ -85,6 +88,8 @@ def segment(
         ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
     progress : callable, optional
         Called with (steps done, steps in all).
+    **settings
+        Other fields of `wmh_lora.config.InferenceConfig` by name, such as ``adaptive=False``.
 
     Returns
     -------
@@ -102,7 +107,7 @@ def segment(
     loaded = model if isinstance(model, Model) else load_model(model)
     engine = WMHInferenceEngine(loaded, device)
     return engine.segment(
-        path, tta=tta, threshold=threshold, min_voxels=min_voxels, progress=progress
+        path, progress=progress, tta=tta, threshold=threshold, min_voxels=min_voxels, **settings
     )
 
 
@@ -145,42 +150,52 @@ class WMHInferenceEngine:
         self.img_size = img_size
         self.model_description: dict[str, str] = {}
         preprocess_config, self._inference = PreprocessConfig(), InferenceConfig()
-        self._structures: tuple[str, ...] = ("wmh",)
+        structures: tuple[str, ...] = ("wmh",)
+        self._encoder = ""
         net: nn.Module
         if isinstance(model, Model):
             net, card = model.net, model.card
             self.model_description = model.describe()
             preprocess_config, self._inference = card.preprocess, card.inference
-            self._structures = card.model.structures
+            structures, self._encoder = card.model.structures, card.model.encoder
         else:
             net = model
             self.model_description = {"name": type(model).__name__}
         self._preprocess = _fit_to_network(preprocess_config, net)
-        with _device_errors(self.device):
-            self._net = net.eval().to(self.device)
+        self._network = NetworkOnDevice(net, structures, self.device)
 
     def segment(
         self,
-        path_or_volume: str | os.PathLike[str] | Volume,
+        path_or_volume: Scan,
         *,
-        tta: TtaMode | None = None,
-        threshold: float | None = None,
-        min_voxels: int | None = None,
+        prepared: Prepared | None = None,
         progress: ProgressCallback | None = None,
+        **settings: Any,
     ) -> Segmentation:
-        """Run every step on one scan; see `segment` for parameters and errors."""
-        config = self.settings(tta=tta, threshold=threshold, min_voxels=min_voxels)
+        """Run every step on one scan.
+
+        Parameters
+        ----------
+        path_or_volume : path, Volume or nibabel SpatialImage
+            The FLAIR scan.
+        prepared : Prepared, optional
+            What `prepare` made of this volume, where that was done ahead.
+        progress : callable, optional
+            Called with (steps done, steps in all).
+        **settings
+            Fields of `wmh_lora.config.InferenceConfig` by name; None leaves one to the model.
+
+        See `segment` for the errors.
+        """
+        config = self.settings(**settings)
         with collect_warnings() as warnings:
-            volume = _as_volume(path_or_volume)
-            _warn_about_missing_values(volume)
-            probability = self.predict(volume, tta=config.tta, progress=progress)
-        mask = remove_small_components(
-            apply_threshold(probability, config.threshold), config.min_voxels
-        )
-        lesions = tuple(describe_lesions(mask, volume.affine))
+            volume = as_volume(path_or_volume)
+            prepared = prepared or self.prepare(volume)
+            maps = self.predict_maps(prepared, config, progress=progress)
+        mask, lesions = find_lesions(maps.probability, volume, config)
         return Segmentation(
             volume=volume,
-            probability=probability,
+            probability=maps.probability,
             mask=mask,
             lesions=lesions,
             volume_ml=int(mask.sum(dtype=np.int64)) * volume.voxel_volume_ml,
@@ -188,42 +203,45 @@ class WMHInferenceEngine:
                 "threshold": config.threshold,
                 "min_voxels": config.min_voxels,
                 "tta": config.tta,
+                "adaptive": config.adaptive,
+                "precision": str(choose_dtype(self.device, config.precision)).split(".")[-1],
                 "device": str(self.device),
                 "preprocess": asdict(self._preprocess),
             },
             model=self.model_description,
             warnings=tuple(warnings),
+            structure_masks=maps.structure_masks,
+            uncertainty=maps.uncertainty,
         )
 
-    def settings(
-        self,
-        *,
-        tta: str | None = None,
-        threshold: float | None = None,
-        min_voxels: int | None = None,
-    ) -> InferenceConfig:
+    def settings(self, **given: Any) -> InferenceConfig:
         """Return the model's inference settings with the given ones in their place.
+
+        Parameters
+        ----------
+        **given
+            Fields of `wmh_lora.config.InferenceConfig`; None leaves one as it is.
 
         Raises
         ------
         ConfigError
-            If a value is out of range.
+            If a value is out of range, or there is no such setting.
         """
-        given = {"tta": tta, "threshold": threshold, "min_voxels": min_voxels}
         chosen = {key: value for key, value in given.items() if value is not None}
         return from_dict(InferenceConfig, {**asdict(self._inference), **chosen})
 
     def predict_volume_probs(
-        self, path_or_volume: str | os.PathLike[str] | Volume, use_tta: bool = True
+        self, path_or_volume: Scan, use_tta: bool = True
     ) -> tuple[NDArray[np.float32], nib.nifti1.Nifti1Image]:
         """Compute the lesion probability of every voxel of a scan.
 
         Parameters
         ----------
-        path_or_volume : path or Volume
+        path_or_volume : path, Volume or nibabel SpatialImage
             The FLAIR scan.
         use_tta : bool
-            Average the eight views of the dihedral group; otherwise use one view.
+            Average the eight views of the dihedral group, all of them of every slice; otherwise
+            use one view.
 
         Returns
         -------
@@ -239,8 +257,10 @@ class WMHInferenceEngine:
         DeviceError
             If the device runs out of memory.
         """
-        volume = _as_volume(path_or_volume)
-        return self.predict(volume, tta="d4" if use_tta else "none"), _nifti_reference(volume)
+        volume = as_volume(path_or_volume)
+        config = self.settings(tta="d4" if use_tta else "none", adaptive=False)
+        maps = self.predict_maps(preprocess(volume, self._preprocess), config, structures=False)
+        return maps.probability, nifti_reference(volume)
 
     def predict(
         self, volume: Volume, *, tta: TtaMode = "none", progress: ProgressCallback | None = None
@@ -258,14 +278,56 @@ class WMHInferenceEngine:
         DeviceError
             If the device runs out of memory.
         """
-        prepared = preprocess(volume, self._preprocess)
-        with _device_errors(self.device):
-            probability = self._predict_slices(prepared, _VIEWS[tta], progress)
-        native = restore(probability, prepared)
-        native *= _PROBABILITY_STEPS
-        np.rint(native, out=native)
-        native /= _PROBABILITY_STEPS
-        return np.clip(native, 0.0, 1.0, out=native)
+        maps = self.predict_maps(
+            preprocess(volume, self._preprocess),
+            self.settings(tta=tta),
+            structures=False,
+            progress=progress,
+        )
+        return maps.probability
+
+    def prepare(self, volume: Volume) -> Prepared:
+        """Bring a scan to the network's grid, and warn of what is missing in it.
+
+        Raises
+        ------
+        DataError
+            If the scan shows no head.
+        """
+        warn_about_missing_values(volume)
+        return preprocess(volume, self._preprocess)
+
+    def predict_maps(
+        self,
+        prepared: Prepared,
+        config: InferenceConfig,
+        *,
+        structures: bool = True,
+        progress: ProgressCallback | None = None,
+    ) -> ScanMaps:
+        """Compute all that the network says of a scan.
+
+        Parameters
+        ----------
+        prepared : Prepared
+            See `prepare`.
+        config : InferenceConfig
+            See `settings`.
+        structures : bool
+            Bring ventricles and brain back to the scan's grid as well.
+        progress : callable, optional
+            Called with (steps done, steps in all).
+
+        Raises
+        ------
+        ConfigError
+            If the scan needs more memory than ``config.max_memory``.
+        DeviceError
+            If the device runs out of memory.
+        """
+        with device_errors(self.device):
+            maps = self._predict_slices(prepared, config, progress)
+        return maps_on_scan(maps, prepared, structures=structures)
 
     @staticmethod
     def apply_threshold(prob_volume: NDArray[Any], threshold: float = 0.60) -> NDArray[np.uint8]:
@@ -277,114 +339,35 @@ class WMHInferenceEngine:
         """Remove 26-connected components of fewer than ``min_v`` voxels."""
         return remove_small_components(np.asarray(mask), min_v)
 
-    @torch.inference_mode()
     def _predict_slices(
-        self,
-        prepared: Prepared,
-        views: tuple[tuple[int, bool], ...],
-        progress: ProgressCallback | None,
-    ) -> NDArray[np.float32]:
-        """Probabilities (S, H, W) on the network's grid."""
-        count = len(prepared.slices)
-        probability = np.empty(prepared.slices.shape, dtype=np.float32)
-        done, total = 0, count * len(views)
-        for start in range(0, count, self._inference.batch_size):
-            indices = range(start, min(start + self._inference.batch_size, count))
-            slices = torch.from_numpy(context_stack(prepared, indices)).to(self.device)
-            summed = torch.zeros((), device=self.device)
-            for turns, mirrored in views:
-                logits = self._net(_turn(slices, turns, mirrored))
-                view = lesion_probability(logits, self._structures)
-                summed = summed + _turn_back(view, turns, mirrored)
-                done += len(indices)
-                if progress is not None:
-                    progress(done, total)
-            probability[start : start + len(indices)] = (summed / len(views)).cpu().numpy()
-        return probability
+        self, prepared: Prepared, config: InferenceConfig, progress: ProgressCallback | None
+    ) -> SliceMaps:
+        """Maps (S, H, W) on the network's grid."""
+        views = VIEWS[config.tta]
+        batch_size = config.batch_size
+        if config.max_memory is not None:
+            scan = ScanSize.of(prepared, views=len(views))
+            batch_size = batch_within(config.max_memory, scan, self._encoder, batch_size)
+        return average_views(
+            self._look(prepared, choose_dtype(self.device, config.precision)),
+            (len(prepared.slices), *prepared.slices.shape[1:]),
+            views,
+            batch_size,
+            shown=prepared.shows_head if config.adaptive else None,
+            reach=prepared.context_offset if config.adaptive else None,
+            progress=progress,
+        )
+
+    def _look(self, prepared: Prepared, dtype: torch.dtype) -> Look:
+        """Make what shows batches of a scan to the network."""
+
+        def look(indices: Sequence[int], view: ViewKey) -> Seen:
+            return self._network.see(context_stack(prepared, indices), view, dtype)
+
+        return look
 
 
 def _fit_to_network(config: PreprocessConfig, net: nn.Module) -> PreprocessConfig:
     """Pad slices to sizes that the network takes, whatever the settings ask for."""
     multiple = math.lcm(config.multiple_px, int(getattr(net, "size_multiple", 1)))
     return replace(config, multiple_px=multiple)
-
-
-def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """Turn ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"`` into an available device.
-
-    Raises
-    ------
-    DeviceError
-        If the device is unknown or not available on this machine.
-    """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if str(device) == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise DeviceError(f"Unknown device {device!r}; use auto, cpu, cuda or mps.") from error
-    available = {"cpu": True, "cuda": cuda, "mps": mps}.get(chosen.type, False)
-    if chosen.type == "cuda" and available and (chosen.index or 0) >= torch.cuda.device_count():
-        available = False
-    if not available:
-        raise DeviceError(
-            f"The device {chosen} is not available to this torch installation; "
-            "use auto or cpu, or install a torch build for it."
-        )
-    return chosen
-
-
-@contextmanager
-def _device_errors(device: torch.device) -> Iterator[None]:
-    """Turn a device's out-of-memory error into a sentence."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        if not isinstance(error, MemoryError) and not any(mark in text for mark in _NO_MEMORY):
-            raise
-        advice = "close other programs" if device.type == "cpu" else "use the device cpu"
-        raise DeviceError(
-            f"The device {device} does not have enough memory for this scan; {advice}."
-        ) from error
-
-
-def _turn(slices: Tensor, turns: int, mirrored: bool) -> Tensor:
-    """Show (..., H, W) as one member of the dihedral group; odd turns swap H and W."""
-    if mirrored:
-        slices = slices.flip(-1)
-    return torch.rot90(slices, turns, (-2, -1))
-
-
-def _turn_back(maps: Tensor, turns: int, mirrored: bool) -> Tensor:
-    maps = torch.rot90(maps, -turns, (-2, -1))
-    return maps.flip(-1) if mirrored else maps
-
-
-def _as_volume(path_or_volume: str | os.PathLike[str] | Volume) -> Volume:
-    if isinstance(path_or_volume, Volume):
-        return path_or_volume
-    return Volume.read(Path(path_or_volume))
-
-
-def _warn_about_missing_values(volume: Volume) -> None:
-    share = 1.0 - float(np.mean(np.isfinite(volume.data)))
-    if share > _SMALLEST_REPORTED_SHARE:
-        LOGGER.warning(
-            "%s: %.2g %% of the voxels hold no finite number and count as background.",
-            volume.path or "the scan",
-            100.0 * share,
-        )
-
-
-def _nifti_reference(volume: Volume) -> nib.nifti1.Nifti1Image:
-    """Return the scan as a nibabel image with the geometry of the file that it came from."""
-    if isinstance(volume.header, Nifti2Header):
-        image: nib.nifti1.Nifti1Image = nib.nifti2.Nifti2Image(
-            volume.data, volume.affine, volume.header
-        )
-    else:
-        image = nib.nifti1.Nifti1Image(volume.data, volume.affine, volume.header)
-    image.set_data_dtype(np.float32)
-    return image

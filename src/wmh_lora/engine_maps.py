@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from wmh_lora._version import __version__
 from wmh_lora.config import TtaMode, to_dict
-from wmh_lora.engine import ProgressCallback, WMHInferenceEngine, choose_device
+from wmh_lora.engine import WMHInferenceEngine
+from wmh_lora.engine_device import choose_device, choose_dtype
+from wmh_lora.engine_views import Look, Seen, ViewKey
 from wmh_lora.errors import DataError
 from wmh_lora.files import image_stem, open_atomic, write_failure
 from wmh_lora.logs import LOGGER
@@ -43,7 +46,8 @@ class ProbabilityMaps:
     """The maps of one model, computed when they are first asked for and kept in a folder.
 
     A map is found again by the model's weights and network settings, the image's bytes, the
-    versions of preprocessing and package, the views and the kind of device. A kept map whose
+    versions of preprocessing and package, the views, the kind of device and the approximations that
+    the model's settings allow. A kept map whose
     checksum is wrong is computed again.
 
     Parameters
@@ -86,6 +90,10 @@ class ProbabilityMaps:
             "model": to_dict(card.model),
             "preprocess": to_dict(card.preprocess),
             "device": self._device.type,
+            "shortcuts": [
+                card.inference.adaptive,
+                str(choose_dtype(self._device, card.inference.precision)),
+            ],
         }
 
     @cached_property
@@ -146,32 +154,22 @@ class _EachViewOnce(WMHInferenceEngine):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._kept: dict[tuple[int, bool], Map] = {}
+        self._kept: dict[tuple[ViewKey, int], Map] = {}
 
     def start_scan(self) -> None:
         """Drop the views of the scan before."""
         self._kept.clear()
 
-    def _predict_slices(
-        self,
-        prepared: Prepared,
-        views: tuple[tuple[int, bool], ...],
-        progress: ProgressCallback | None,
-    ) -> Map:
-        missing = [view for view in views if view not in self._kept]
-        for number, view in enumerate(missing):
-            report = None if progress is None else _part(progress, number, len(missing))
-            self._kept[view] = super()._predict_slices(prepared, (view,), report)
-        # The order and precision of the engine's own sum, so that not even the last bit differs.
-        summed = np.zeros(prepared.slices.shape, dtype=np.float32)
-        for view in views:
-            summed += self._kept[view]
-        return summed / np.float32(len(views))
+    def _look(self, prepared: Prepared, dtype: torch.dtype) -> Look:
+        look = super()._look(prepared, dtype)
 
+        def look_once(indices: Sequence[int], view: ViewKey) -> Seen:
+            if any((view, index) not in self._kept for index in indices):
+                for index, part in zip(indices, look(indices, view).lesion, strict=True):
+                    self._kept[view, index] = part
+            return Seen(np.stack([self._kept[view, index] for index in indices]))
 
-def _part(progress: ProgressCallback, number: int, parts: int) -> ProgressCallback:
-    """Report the steps of one of several equal parts as steps of the whole."""
-    return lambda done, total: progress(number * total + done, parts * total)
+        return look_once
 
 
 def _read(path: Path, key: str, shape: tuple[int, ...]) -> Map | None:

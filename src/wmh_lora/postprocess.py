@@ -16,7 +16,13 @@ from scipy import ndimage
 
 from wmh_lora.errors import ConfigError, DataError
 
-__all__ = ["Lesion", "apply_threshold", "describe_lesions", "remove_small_components"]
+__all__ = [
+    "Lesion",
+    "apply_threshold",
+    "describe_lesions",
+    "label_lesions",
+    "remove_small_components",
+]
 
 _FULL_CONNECTIVITY = ndimage.generate_binary_structure(3, 3)
 # The order of lesions must not depend on how the scan is stored, so ties are broken by position
@@ -141,11 +147,37 @@ def describe_lesions(mask: NDArray[Any], affine: NDArray[np.float64]) -> list[Le
     DataError
         If the mask is not 3-D.
     """
+    return label_lesions(mask, affine)[1]
+
+
+def label_lesions(
+    mask: NDArray[Any], affine: NDArray[np.float64]
+) -> tuple[NDArray[np.int32], list[Lesion]]:
+    """Number the voxels of each lesion, and list the lesions as `describe_lesions` does.
+
+    Parameters
+    ----------
+    mask, affine
+        As for `describe_lesions`.
+
+    Returns
+    -------
+    labels : int32 array (I, J, K)
+        `Lesion.index` of each lesion voxel, 0 elsewhere.
+    lesions : list of Lesion
+        The largest first.
+
+    Raises
+    ------
+    DataError
+        If the mask is not 3-D.
+    """
     if mask.ndim != 3:
         raise DataError(f"A lesion mask must be a 3-D array, found shape {mask.shape}.")
     labels, count = ndimage.label(np.asarray(mask) != 0, structure=_FULL_CONNECTIVITY)
+    labels = np.asarray(labels, dtype=np.int32)
     if count == 0:
-        return []
+        return labels, []
     affine = np.asarray(affine, dtype=np.float64)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000.0
@@ -158,7 +190,9 @@ def describe_lesions(mask: NDArray[Any], affine: NDArray[np.float64]) -> list[Le
     boxes = ndimage.find_objects(labels)
     order = sorted(range(count), key=lambda n: (-int(voxels[n]), *_position_key(centroids[n])))
     lesions = []
+    rank_of = np.zeros(count + 1, dtype=np.int32)
     for rank, n in enumerate(order, start=1):
+        rank_of[n + 1] = rank
         size = [(box.stop - box.start) * spacing[axis] for axis, box in enumerate(boxes[n])]
         lesions.append(
             Lesion(
@@ -169,7 +203,8 @@ def describe_lesions(mask: NDArray[Any], affine: NDArray[np.float64]) -> list[Le
                 extent_mm=_triple([size[axis] for axis in native_axes]),
             )
         )
-    return lesions
+    labels[indices] = rank_of[owner + 1]
+    return labels, lesions
 
 
 def _axes_by_direction(affine: NDArray[np.float64]) -> list[int]:

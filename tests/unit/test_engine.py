@@ -20,43 +20,18 @@ from torch import Tensor, nn
 import wmh_lora
 from tests.phantoms import BrightnessNet, brightness_model, head, write_head
 from wmh_lora.config import ModelConfig, PreprocessConfig, TtaMode
-from wmh_lora.engine import (
-    _VIEWS,
-    Segmentation,
-    WMHInferenceEngine,
-    _turn,
-    _turn_back,
-    choose_device,
-    segment,
-)
+from wmh_lora.engine import Segmentation, WMHInferenceEngine, choose_device, segment
+from wmh_lora.engine_views import VIEWS, turn
 from wmh_lora.errors import ConfigError, DeviceError, UnreadableImageError
 from wmh_lora.models.network import build_network
 from wmh_lora.models.registry import Model
+from wmh_lora.postprocess import apply_threshold, describe_lesions, remove_small_components
 from wmh_lora.volume import Volume
 
 
 @pytest.fixture
 def model() -> Model:
     return brightness_model()
-
-
-class TestViews:
-    @pytest.mark.parametrize(("tta", "count"), [("none", 1), ("flip", 4), ("d4", 8)])
-    def test_are_distinct(self, tta: TtaMode, count: int) -> None:
-        picture = torch.arange(16.0).reshape(1, 1, 4, 4)
-        views = {tuple(_turn(picture, *view).flatten().tolist()) for view in _VIEWS[tta]}
-        assert len(_VIEWS[tta]) == len(views) == count
-
-    def test_flips_are_the_flips(self) -> None:
-        picture = torch.arange(12.0).reshape(1, 1, 3, 4)
-        found = [_turn(picture, *view) for view in _VIEWS["flip"]]
-        for dims in ((), (-1,), (-2,), (-2, -1)):
-            assert any(torch.equal(picture.flip(dims), view) for view in found)
-
-    @pytest.mark.parametrize("view", _VIEWS["d4"])
-    def test_are_undone_exactly(self, view: tuple[int, bool]) -> None:
-        pictures = torch.rand(2, 3, 8, 16)
-        assert torch.equal(_turn_back(_turn(pictures, *view), *view), pictures)
 
 
 class ShiftNet(nn.Module):
@@ -85,20 +60,17 @@ class TestPredict:
         )
         net = model.net
         assert isinstance(net, BrightnessNet)
-        assert len(net.seen_shapes) == (len(_VIEWS[tta]) + 1) * 3
+        assert sum(shape[0] for shape in net.seen_shapes) <= (len(VIEWS[tta]) + 1) * 6
 
     def test_averages_probabilities_over_the_whole_group(self) -> None:
         """The mean over all eight views must be as symmetric as the group."""
-        engine = WMHInferenceEngine(ShiftNet(), "cpu")
+        network = WMHInferenceEngine(ShiftNet(), "cpu")._network
         x, y = torch.meshgrid(*[torch.linspace(-1, 1, 16)] * 2, indexing="ij")
-        disc = ((x**2 + y**2) < 0.5).float().expand(1, 3, -1, -1)
-        summed = sum(
-            _turn_back(torch.sigmoid(engine._net(_turn(disc, *view))[:, 0]), *view)
-            for view in _VIEWS["d4"]
-        )
+        disc = ((x**2 + y**2) < 0.5).float().expand(1, 3, -1, -1).contiguous().numpy()
+        summed = sum(torch.from_numpy(network.see(disc, view).lesion) for view in VIEWS["d4"])
         assert isinstance(summed, Tensor)
-        for view in _VIEWS["d4"]:
-            torch.testing.assert_close(_turn(summed, *view), summed)
+        for view in VIEWS["d4"]:
+            torch.testing.assert_close(turn(summed, view), summed)
 
     def test_batches_do_not_change_the_result(self) -> None:
         volume, _ = head()
@@ -143,8 +115,8 @@ class TestPredict:
         WMHInferenceEngine(model, "cpu").predict(
             volume, tta="flip", progress=lambda done, total: steps.append((done, total))
         )
-        slices = steps[-1][1] // 4
-        assert steps[-1] == (4 * slices, 4 * slices)
+        net: Any = model.net
+        assert steps[-1] == (sum(shape[0] for shape in net.seen_shapes),) * 2
         assert [done for done, _ in steps] == sorted(done for done, _ in steps)
 
     def test_does_not_depend_on_the_storage_order(self, model: Model) -> None:
@@ -166,6 +138,60 @@ class TestPredict:
         before = volume.data.copy()
         WMHInferenceEngine(model, "cpu").segment(volume, tta="d4")
         np.testing.assert_array_equal(volume.data, before)
+
+
+class TestMaps:
+    def test_structures_lie_on_the_scan(self, model: Model) -> None:
+        volume, _ = head()
+        result = WMHInferenceEngine(model, "cpu").segment(volume)
+        assert set(result.structure_masks) == {"ventricles", "brain"}
+        brain = result.structure_masks["brain"]
+        assert brain.shape == volume.shape
+        assert brain.dtype == np.uint8
+        assert (brain[volume.data > 200] == 1).all()
+        assert not result.structure_masks["ventricles"].any()
+
+    def test_a_network_without_structures_has_no_masks(self) -> None:
+        result = WMHInferenceEngine(BrightnessNet(structures=1), "cpu").segment(head()[0])
+        assert dict(result.structure_masks) == {}
+
+    def test_uncertainty_is_where_the_views_differ(self) -> None:
+        volume, _ = head()
+        engine = WMHInferenceEngine(ShiftNet(), "cpu")
+        result = engine.segment(volume, tta="flip", adaptive=False)
+        assert result.uncertainty is not None
+        assert result.uncertainty.shape == volume.shape
+        assert result.uncertainty.dtype == np.float32
+        assert 0.1 < result.uncertainty.max() <= 0.5 + 1e-6
+        assert engine.segment(volume, tta="none").uncertainty is None
+
+    def test_equal_views_leave_no_uncertainty(self, model: Model) -> None:
+        result = WMHInferenceEngine(model, "cpu").segment(head()[0], tta="d4")
+        assert result.uncertainty is not None
+        assert result.uncertainty.max() < 1e-6
+
+    def test_what_was_prepared_ahead_gives_the_same(self, model: Model) -> None:
+        volume, reference = head()
+        engine = WMHInferenceEngine(model, "cpu")
+        result = engine.segment(volume, prepared=engine.prepare(volume))
+        np.testing.assert_array_equal(result.mask, reference)
+
+    @pytest.mark.parametrize("fill", [0, 1])
+    def test_lesions_are_those_of_the_whole_mask(self, model: Model, fill: int) -> None:
+        """They are looked for within the bounds of the mask; an empty one has none."""
+        volume, _ = head()
+        result = WMHInferenceEngine(model, "cpu").segment(
+            volume, min_voxels=4, threshold=0.5 if fill else 0.9999
+        )
+        whole = remove_small_components(
+            apply_threshold(result.probability, result.settings["threshold"]), 4
+        )
+        np.testing.assert_array_equal(result.mask, whole)
+        for found, expected in zip(
+            result.lesions, describe_lesions(whole, volume.affine), strict=True
+        ):
+            assert found.voxels == expected.voxels
+            assert found.centroid_mm == pytest.approx(expected.centroid_mm)
 
 
 class TestPublicApi:

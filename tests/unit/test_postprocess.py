@@ -9,7 +9,12 @@ import pytest
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 from wmh_lora.errors import ConfigError, DataError
-from wmh_lora.postprocess import apply_threshold, describe_lesions, remove_small_components
+from wmh_lora.postprocess import (
+    apply_threshold,
+    describe_lesions,
+    label_lesions,
+    remove_small_components,
+)
 
 AFFINE = np.array(
     [[-0.5, 0.0, 0.0, 90.0], [0.0, 2.0, 0.0, -120.0], [0.0, 0.0, 4.0, -60.0], [0, 0, 0, 1.0]]
@@ -95,6 +100,19 @@ class TestLesionTable:
             "centroid_mm": [89.5, -118.0, -56.0],
             "extent_mm": [0.5, 2.0, 4.0],
         }
+
+    def test_labels_are_the_ranks_of_the_table(self) -> None:
+        rng = np.random.default_rng(4)
+        mask = (rng.random((9, 8, 7)) < 0.06).astype(np.uint8)
+        labels, lesions = label_lesions(mask, AFFINE)
+        assert lesions == describe_lesions(mask, AFFINE)
+        np.testing.assert_array_equal(labels > 0, mask > 0)
+        for lesion in lesions:
+            voxels = np.argwhere(labels == lesion.index)
+            assert len(voxels) == lesion.voxels
+            centre = voxels.mean(axis=0) @ AFFINE[:3, :3].T + AFFINE[:3, 3]
+            assert lesion.centroid_mm == pytest.approx(centre)
+        assert label_lesions(np.zeros((3, 3, 3)), AFFINE)[0].max() == 0
 
     def test_does_not_depend_on_the_storage_order(self) -> None:
         """All 48 orientations of one volume list the same lesions, ties included."""

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wmh_lora.models.linear import Linear, layer_gelu, layer_sum
+
 __all__ = ["CompactEncoder"]
 
 _CHANNELS = (16, 32, 64)  # at strides 1, 2, 4
@@ -59,11 +61,11 @@ class _Layer(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, _MLP_RATIO * width)
-        self.fc2 = nn.Linear(_MLP_RATIO * width, width)
+        self.fc1 = Linear(width, _MLP_RATIO * width)
+        self.fc2 = Linear(_MLP_RATIO * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (B, n, width) to the same shape."""
@@ -71,9 +73,8 @@ class _Layer(nn.Module):
         qkv: Tensor = self.qkv(self.norm1(tokens))
         q, k, v = qkv.view(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        tokens = tokens + self.proj(mixed.reshape(batch, count, width))
-        update: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
-        return tokens + update
+        tokens = layer_sum(self.proj, mixed.reshape(batch, count, width), tokens)
+        return layer_sum(self.fc2, layer_gelu(self.fc1, self.norm2(tokens)), tokens)
 
 
 class CompactEncoder(nn.Module):

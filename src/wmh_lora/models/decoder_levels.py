@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wmh_lora.errors import ConfigError
+from wmh_lora.models.linear import layer_gelu
 
 __all__ = ["STEM_CHANNELS", "ContextLevel", "SkipStem", "UpLevel", "logit_head"]
 
@@ -27,11 +28,23 @@ def _projection(in_channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
+class _Convolution(nn.Sequential):
+    """Convolution, BatchNorm, GELU; in one pass once BatchNorm is folded into the convolution."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, channels, H / stride, W / stride)."""
+        convolution, norm, _ = self
+        if isinstance(norm, nn.Identity):
+            return layer_gelu(convolution, features)
+        out: Tensor = super().forward(features)  # type: ignore[no-untyped-call]
+        return out
+
+
 def _convolution(
     in_channels: int, channels: int, *, stride: int = 1, dilation: int = 1
 ) -> nn.Sequential:
     """3x3 convolution, BatchNorm, GELU."""
-    return nn.Sequential(
+    return _Convolution(
         nn.Conv2d(
             in_channels, channels, 3, stride, padding=dilation, dilation=dilation, bias=False
         ),
@@ -45,7 +58,7 @@ class ContextLevel(nn.Module):
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
-        self.project = nn.Sequential(*_projection(in_channels, channels), nn.GELU())
+        self.project = _Convolution(*_projection(in_channels, channels), nn.GELU())
         self.refine = nn.ModuleList(
             _convolution(channels, channels, dilation=dilation) for dilation in _DILATIONS
         )

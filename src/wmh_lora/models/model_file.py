@@ -8,22 +8,18 @@ Tensors
 Metadata
     Under the key ``wmh_lora``, a JSON object with the fields of `ModelCard`.
 
-Floating-point tensors may be stored in half precision, except running statistics (a variance can be
-below what float16 represents) and DoRA's magnitudes (they scale whole rows of the base weights).
+What may be stored in half precision, `wmh_lora.models.tensor_file` says.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from wmh_lora._version import __version__
@@ -32,11 +28,9 @@ from wmh_lora.config import (
     InferenceConfig,
     ModelConfig,
     PreprocessConfig,
-    from_dict,
-    to_dict,
 )
 from wmh_lora.errors import AdapterMismatchError, ConfigError, WeightsError
-from wmh_lora.files import file_sha256, open_atomic
+from wmh_lora.files import file_sha256
 from wmh_lora.models.lora import (
     check_tensors,
     extract_lora,
@@ -45,11 +39,13 @@ from wmh_lora.models.lora import (
     merge_lora,
 )
 from wmh_lora.models.network import WMHNet, build_network, fuse_for_inference
+from wmh_lora.models.tensor_file import TensorFile, as_float, storable
 from wmh_lora.models.weights import resolve_base_weights
 
 __all__ = [
     "FORMAT_VERSION",
     "ModelCard",
+    "assemble_network",
     "file_sha256",
     "load_model_file",
     "load_network",
@@ -63,7 +59,6 @@ __all__ = [
 FORMAT_VERSION = 1
 METADATA_KEY = "wmh_lora"
 _LORA = "lora."
-_FULL_PRECISION = ("running_mean", "running_var", ".magnitude")
 
 
 @dataclass(frozen=True)
@@ -110,6 +105,9 @@ class ModelCard:
     base_seed: int | None = None
 
 
+_FILE = TensorFile("model", METADATA_KEY, ModelCard, FORMAT_VERSION)
+
+
 # --- writing --------------------------------------------------------------------------------
 
 
@@ -149,12 +147,7 @@ def save_model(
     """
     tensors = _trained_tensors(net)
     check_tensors(tensors, _expected_shapes(card.model), "the settings of the model card")
-    for name, tensor in tensors.items():
-        stored = _stored(name, tensor, half)
-        if not torch.isfinite(stored).all():
-            raise WeightsError(f"The trained tensor {name!r} is not finite; {path} is not written.")
-        tensors[name] = stored
-    _write(path, tensors, card, overwrite=overwrite)
+    _FILE.write(path, storable(tensors, path, half=half), card, overwrite=overwrite)
 
 
 def rewrite_card(
@@ -180,23 +173,14 @@ def rewrite_card(
     WeightsError, DataError
         If the file is absent, damaged or not a model, or the result cannot be written.
     """
-    before, tensors = _read(path, with_tensors=True)
+    before, tensors = _FILE.read(path)
     for name in ("model", "preprocess", "base_sha256", "base_seed"):
         if getattr(before, name) != getattr(card, name):
             raise AdapterMismatchError(
                 f"The new card of {path} has another {name!r} than the file's tensors were "
                 "trained with; only what does not change the network's output can be rewritten."
             )
-    _write(target or path, tensors, card, overwrite=overwrite or target is None)
-
-
-def _write(
-    path: str | Path, tensors: dict[str, Tensor], card: ModelCard, *, overwrite: bool
-) -> None:
-    metadata = {METADATA_KEY: json.dumps(to_dict(card), sort_keys=True)}
-    content = serialise(tensors, metadata)
-    with open_atomic(path, overwrite=overwrite) as stream:
-        stream.write(content)
+    _FILE.write(target or path, tensors, card, overwrite=overwrite or target is None)
 
 
 def _stored_modules(adaptation: Adaptation) -> tuple[str, ...]:
@@ -205,57 +189,16 @@ def _stored_modules(adaptation: Adaptation) -> tuple[str, ...]:
 
 
 def _trained_tensors(net: WMHNet) -> dict[str, Tensor]:
-    """Every parameter and buffer of the stored parts, and the LoRA factors, on the CPU."""
+    """Every parameter and buffer of the stored parts, and the LoRA factors."""
     tensors = {f"{_LORA}{name}": tensor for name, tensor in extract_lora(net.encoder).items()}
     for prefix in _stored_modules(net.adaptation):
         module: nn.Module = getattr(net, prefix)
         for name, tensor in module.state_dict().items():
-            tensors[f"{prefix}.{name}"] = tensor.detach().cpu()
+            tensors[f"{prefix}.{name}"] = tensor
     return tensors
 
 
-def _stored(name: str, tensor: Tensor, half: bool) -> Tensor:
-    """The form in which a tensor is written: contiguous, possibly float16."""
-    if half and tensor.is_floating_point() and not name.endswith(_FULL_PRECISION):
-        tensor = tensor.half()
-    return tensor.contiguous()
-
-
 # --- reading --------------------------------------------------------------------------------
-
-
-def _read(path: str | Path, *, with_tensors: bool) -> tuple[ModelCard, dict[str, Tensor]]:
-    """Read the card and, on request, the tensors as stored."""
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"The model file {path} does not exist or is not a file.")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as stream:
-            metadata = stream.metadata() or {}
-            names = stream.keys() if with_tensors else []
-            tensors = {name: stream.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(
-            f"{path} is not a complete safetensors file ({error}); get the model file again."
-        ) from error
-    return _parse_card(path, metadata), tensors
-
-
-def _parse_card(path: Path, metadata: Mapping[str, str]) -> ModelCard:
-    """Read the card out of a file's metadata."""
-    if METADATA_KEY not in metadata:
-        raise WeightsError(f"{path} is a safetensors file, but not a WMH-LoRA model.")
-    try:
-        plain = json.loads(metadata[METADATA_KEY])
-        version = plain.get("format_version") if isinstance(plain, dict) else None
-        if version != FORMAT_VERSION:
-            raise WeightsError(
-                f"{path} has model format {version}, this version of wmh-lora reads "
-                f"{FORMAT_VERSION}; install the version that fits."
-            )
-        return from_dict(ModelCard, plain)
-    except (ConfigError, json.JSONDecodeError) as error:
-        raise WeightsError(f"The metadata of the model file {path} is invalid: {error}") from error
 
 
 def read_model_card(path: str | Path) -> ModelCard:
@@ -266,7 +209,7 @@ def read_model_card(path: str | Path) -> ModelCard:
     WeightsError
         If the file is absent, damaged or not a model.
     """
-    return _read(path, with_tensors=False)[0]
+    return _FILE.read(path, with_tensors=False)[0]
 
 
 def weights_sha256(path: str | Path) -> str:
@@ -277,7 +220,7 @@ def weights_sha256(path: str | Path) -> str:
     WeightsError
         If the file is absent, damaged or not a model.
     """
-    _, tensors = _read(path, with_tensors=True)
+    _, tensors = _FILE.read(path)
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -302,14 +245,13 @@ def load_model_file(path: str | Path) -> tuple[ModelCard, dict[str, Tensor]]:
     WeightsError
         If the file is absent, damaged or not a model.
     """
-    card, stored = _read(path, with_tensors=True)
+    card, stored = _FILE.read(path)
     try:
         expected = _expected_shapes(card.model)
     except ConfigError as error:
         raise WeightsError(f"The model file {path} cannot be used: {error}") from error
     check_tensors(stored, expected, f"the network that the model file {path} describes")
-    tensors = {name: t.float() if t.is_floating_point() else t for name, t in stored.items()}
-    return card, tensors
+    return card, as_float(stored)
 
 
 def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -349,6 +291,17 @@ def load_network(
 ) -> tuple[WMHNet, ModelCard]:
     """Make the network of a model file ready for inference.
 
+    As `assemble_network`, with BatchNorm folded into the convolutions.
+    """
+    net, card = assemble_network(path, base_weights)
+    return fuse_for_inference(net), card
+
+
+def assemble_network(
+    path: str | Path, base_weights: str | Path | None = None
+) -> tuple[WMHNet, ModelCard]:
+    """Make the network of a model file, one that can still be changed.
+
     Parameters
     ----------
     path : str or Path
@@ -360,7 +313,7 @@ def load_network(
     Returns
     -------
     net : WMHNet
-        In eval mode, on the CPU, float32: LoRA merged, BatchNorm folded.
+        In eval mode, on the CPU, float32, LoRA merged.
     card : ModelCard
 
     Raises
@@ -381,7 +334,7 @@ def load_network(
     )
     lora = load_trained_parts(net, tensors)
     merge_lora(net.encoder, lora, lora_settings(config))
-    return fuse_for_inference(net), card
+    return net, card
 
 
 def _matching_base_weights(

@@ -10,9 +10,18 @@ from torch import nn
 
 from wmh_lora.errors import ConfigError, WeightsError
 from wmh_lora.files import file_sha256
-from wmh_lora.models.model_file import ModelCard, load_network
+from wmh_lora.models.model_file import ModelCard, assemble_network
+from wmh_lora.models.network import fuse_for_inference
+from wmh_lora.models.site_adapter import SiteAdapter, load_adapter
 
-__all__ = ["DEFAULT_MODEL", "Model", "load_model", "model_path", "packaged_models"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "Model",
+    "describe_model",
+    "load_model",
+    "model_path",
+    "packaged_models",
+]
 
 DEFAULT_MODEL = "flair-v1"
 """The packaged model that ``"default"`` stands for."""
@@ -34,26 +43,54 @@ class Model:
         The model file.
     sha256 : str
         Of the model file.
+    adapter : SiteAdapter or None
+        What was learned at one site, in the network and in the card's settings already.
     """
 
     net: nn.Module
     card: ModelCard
     path: Path
     sha256: str
+    adapter: SiteAdapter | None = None
 
     @property
     def name(self) -> str:
-        """Name of the model, for example ``flair-v1``."""
-        return self.card.name
+        """Name of the model, for example ``flair-v1``, and of its adapter."""
+        return self.describe()["name"]
+
+    @property
+    def checksum(self) -> str:
+        """Of everything that the network is made of: the model file, and the adapter's."""
+        return self.sha256 + (self.adapter.sha256 if self.adapter else "")
 
     def describe(self) -> dict[str, str]:
-        """Return what a report says about the model."""
-        return {
-            "name": self.name,
-            "sha256": self.sha256,
-            "base_encoder": self.card.model.encoder,
-            "base_sha256": self.card.base_sha256,
-        }
+        """Return what a report says about the model, see `describe_model`."""
+        return describe_model(self.card, self.sha256, self.adapter)
+
+
+def describe_model(card: ModelCard, sha256: str, adapter: SiteAdapter | None) -> dict[str, str]:
+    """Return what identifies a model: names and checksums.
+
+    Parameters
+    ----------
+    card : ModelCard
+        Of the model.
+    sha256 : str
+        Of the model file.
+    adapter : SiteAdapter or None
+        Used with it; its name is then part of the model's.
+    """
+    described = {
+        "name": card.name,
+        "sha256": sha256,
+        "base_encoder": card.model.encoder,
+        "base_sha256": card.base_sha256,
+    }
+    if adapter is not None:
+        described["name"] += f" + {adapter.card.name}"
+        described["adapter"] = adapter.card.name
+        described["adapter_sha256"] = adapter.sha256
+    return described
 
 
 def packaged_models() -> dict[str, Path]:
@@ -94,6 +131,7 @@ def load_model(
     name_or_path: str | os.PathLike[str] = "default",
     *,
     base_weights: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Load a model for inference.
 
@@ -103,15 +141,26 @@ def load_model(
         ``"default"``, the name of a packaged model, or a model file.
     base_weights : path, optional
         Checkpoint of the frozen base encoder; by default the installed or cached one.
+    adapter : path, optional
+        File that ``wmh-lora adapt`` made of this model: what it learned at one site.
 
     Raises
     ------
     ConfigError
         If there is no such model.
+    AdapterMismatchError
+        If the adapter belongs to another model.
     WeightsError
-        If the model file or the base encoder's weights are absent, damaged or do not fit.
+        If the model file, the base encoder's weights or the adapter are absent, damaged or do not
+        fit.
     """
     path = model_path(name_or_path)
-    base = None if base_weights is None else Path(base_weights)
-    net, card = load_network(path, base)
-    return Model(net=net, card=card, path=path, sha256=file_sha256(path))
+    sha256 = file_sha256(path)
+    site = None if adapter is None else load_adapter(adapter)
+    if site is not None:
+        site.require_base(path, sha256)
+    net, card = assemble_network(path, None if base_weights is None else Path(base_weights))
+    if site is not None:
+        site.apply(net)
+        card = site.adapt_card(card)
+    return Model(fuse_for_inference(net), card, path, sha256, site)

@@ -6,8 +6,8 @@ and the neck of SAM. Three things differ from the implementation that ships besi
 
 * BatchNorm is folded into the convolutions when the weights are read, so that nothing here
   depends on train or eval mode;
-* any height and width divisible by 4 is accepted: windows pad to the real feature size. There is
-  no absolute position embedding that would tie the weights to 256 pixels;
+* any height and width divisible by 4 is accepted: windows are cut from the real feature map. There
+  is no absolute position embedding that would tie the weights to 256 pixels;
 * feature maps stay channels-last, so that tokens are views of maps and the other way round.
 
 References
@@ -34,13 +34,8 @@ from wmh_lora.models.foreign_checkpoint import (
     fold_batch_norm,
     read_state,
 )
-from wmh_lora.models.tiny_vit_blocks import (
-    AttentionBlock,
-    ChannelNorm,
-    ConvBlock,
-    Merge,
-    PointwiseConv,
-)
+from wmh_lora.models.linear import PointwiseConv, layer_gelu
+from wmh_lora.models.tiny_vit_blocks import AttentionBlock, ChannelNorm, ConvBlock, Merge
 
 __all__ = ["TinyViT", "load_litemedsam", "random_tiny_vit"]
 
@@ -154,7 +149,9 @@ class TinyViT(nn.Module):
             If the shape is not as above.
         """
         _check_shape(images)
-        features: Tensor = self.stem(images.contiguous(memory_format=torch.channels_last))
+        first, _, last = self.stem
+        images = images.contiguous(memory_format=torch.channels_last)
+        features: Tensor = last(layer_gelu(first, images))
         maps = []
         for stage in self.stages:
             features = stage(features)

@@ -83,9 +83,9 @@ def test_size_and_cost_of_the_whole_network() -> None:
     config, _ = model_preset("compact")
     net = build_network(config, None, for_training=False)
     assert 2e6 < sum(p.numel() for p in net.encoder.parameters()) < 4e6
+    # The counter knows neither the operators of inference nor the fused attention of the CPU.
     with (
-        torch.inference_mode(),
-        # The counter does not know the fused attention of the CPU.
+        torch.enable_grad(),
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
     ):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wmh_lora.errors import WeightsError
@@ -228,6 +229,78 @@ def test_strips_without_gradients_compute_the_same(
         monkeypatch.setattr(tiny_vit_blocks, "STRIP_TOKENS", tokens)
         with torch.no_grad():
             torch.testing.assert_close(encoder(images), whole, atol=1e-5, rtol=1e-4)
+
+
+class _PaddedAttention(nn.Module):
+    """Windowed attention as published: the map is padded with zeros, then normalised."""
+
+    def __init__(self, attention: tiny_vit_blocks.Attention) -> None:
+        super().__init__()
+        self.inner = attention
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        inner, side = self.inner, self.inner.window
+        b, h, w, c = tokens.shape
+        rows, cols = -(-h // side), -(-w // side)
+        padded = F.pad(tokens, (0, 0, 0, cols * side - w, 0, rows * side - h))
+        windows = padded.view(b, rows, side, cols, side, c).transpose(2, 3)
+        qkv = inner.qkv(inner.norm(windows.reshape(-1, side * side, c)))
+        q, k, v = qkv.view(*qkv.shape[:2], inner.heads, -1).transpose(1, 2).chunk(3, dim=-1)
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        scores = scores + inner.attention_biases[:, inner.bias_index]
+        mixed = inner.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        mixed = mixed.view(b, rows, cols, side, side, c).transpose(2, 3)
+        out: Tensor = tokens + mixed.reshape(b, rows * side, cols * side, c)[:, :h, :w]
+        return out
+
+
+@pytest.mark.parametrize("size", [(7, 14), (9, 7), (7, 8), (3, 5), (10, 16), (1, 1)])
+def test_windows_without_padding_equal_padded_ones(size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    block = tiny_vit_blocks.AttentionBlock(dim=32, heads=4, window=7)
+    table = block.attn.attention_biases
+    table.data.copy_(2 * torch.randn(table.shape, generator=generator))
+    table.requires_grad_()
+    block.attn.norm.bias.data.normal_(generator=generator)
+    tokens = torch.randn(2, *size, 32, generator=generator, requires_grad=True)
+    weights = torch.randn(tokens.shape, generator=generator)
+    results = []
+    for attend in (block.attend, _PaddedAttention(block.attn)):
+        out = attend(tokens)
+        wanted = (tokens, table, *(block.attn.get_parameter(n) for n in ("norm.bias", "qkv.bias")))
+        results.append((out, *torch.autograd.grad((out * weights).sum(), wanted)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    table.requires_grad_(False)
+    with torch.inference_mode():
+        found = block.attend(tokens)
+    torch.testing.assert_close(found, results[1][0], atol=1e-5, rtol=1e-4)
+
+
+def test_an_exported_block_computes_the_same_and_leaves_nothing_behind() -> None:
+    block = tiny_vit_blocks.AttentionBlock(dim=32, heads=4, window=7).eval()
+    block.attn.norm.bias.data.normal_(generator=torch.Generator().manual_seed(0))
+    maps = _images(1, 32, 9, 11)
+    with torch.no_grad():
+        exported = torch.export.export(block, (maps,))
+        assert "mkldnn" not in str(exported.graph)
+        torch.testing.assert_close(exported.module()(maps), block(maps), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("strip_tokens", [1, 60, 10**6])
+def test_a_merge_in_strips_computes_the_same(
+    stride: int, strip_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_vit_blocks, "STRIP_TOKENS", strip_tokens)
+    merge = tiny_vit_blocks.Merge(6, 10, stride)
+    maps = _images(2, 6, 14, 8)
+    whole = merge(maps)
+    assert whole.requires_grad
+    with torch.no_grad():
+        found = merge(maps)
+    torch.testing.assert_close(found, whole, atol=1e-6, rtol=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_gradients_reach_the_input_of_a_frozen_encoder(encoder: TinyViT) -> None:
