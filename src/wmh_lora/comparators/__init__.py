@@ -1,0 +1,1 @@
+"""Other methods, trained and scored by the same pipeline on the same scans."""
