@@ -17,7 +17,7 @@ from wmh_lora.errors import GridMismatchError
 from wmh_lora.view import View, choose_view
 from wmh_lora.volume import Volume
 
-__all__ = ["choose_slices", "montage"]
+__all__ = ["Frame", "choose_slices", "frame_head", "montage"]
 
 MAX_SLICES = 20
 COLUMNS = 5
@@ -32,6 +32,26 @@ TEXT_RGB = (235, 235, 235)
 
 _EDGE_LETTERS = {0: ("A", "P"), 1: ("R", "L"), 2: ("R", "L")}  # by the world axis across slices
 _POSITION_NAMES = {0: "x", 1: "y", 2: "z"}
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """The part of a scan that is worth showing, and how bright.
+
+    Attributes
+    ----------
+    tissue : bool array (S, H, W)
+        Voxels clearly brighter than air, and what was drawn.
+    rows, columns : slice
+        Hold the head, with two cells around it.
+    window : two floats
+        Intensities shown as black and as white.
+    """
+
+    tissue: NDArray[np.bool_]
+    rows: slice
+    columns: slice
+    window: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -92,14 +112,30 @@ def montage(
         if array is not None
     ]
     drawn = np.logical_or.reduce([layer for layer, _ in layers])
-    tissue = _tissue(scan) | drawn
-    rows, columns = _extent(tissue.sum(axis=(0, 2))), _extent(tissue.sum(axis=(0, 1)))
-    window = _window(scan[:, _inner_half(rows), _inner_half(columns)])
-    indices = choose_slices(tissue, drawn, MAX_SLICES)
-    panel = _panel(view, volume, (rows, columns), window)
+    frame = frame_head(scan, drawn)
+    indices = choose_slices(frame.tissue, drawn, MAX_SLICES)
+    panel = _panel(view, volume, (frame.rows, frame.columns), frame.window)
     tiles = [_tile(scan[i], [(m[i], c) for m, c in layers], panel) for i in indices]
     labels = [_position_label(view, volume, i) for i in indices]
     return _arrange(tiles, labels, panel, title, has_reference=reference is not None)
+
+
+def frame_head(scan: NDArray[np.float32], drawn: NDArray[np.bool_]) -> Frame:
+    """Find the head in a scan, and grey levels that suit the brain.
+
+    Parameters
+    ----------
+    scan : float array (S, H, W)
+        Finite intensities.
+    drawn : bool array (S, H, W)
+        What has to stay inside the frame wherever it lies.
+    """
+    tissue = _tissue(scan) | drawn
+    rows, columns = (
+        _extent(tissue.sum(axis=others), drawn.sum(axis=others)) for others in ((0, 2), (0, 1))
+    )
+    window = _window(scan[:, _inner_half(rows), _inner_half(columns)])
+    return Frame(tissue, rows, columns, window)
 
 
 def choose_slices(tissue: NDArray[np.bool_], lesions: NDArray[np.bool_], count: int) -> list[int]:
@@ -180,9 +216,9 @@ def _panel(
     return _Panel(rows, columns, size_px, window, _EDGE_LETTERS[_slice_direction(view, volume)])
 
 
-def _extent(profile: NDArray[Any]) -> slice:
+def _extent(profile: NDArray[Any], drawn: NDArray[Any]) -> slice:
     """Range that holds the head along one axis, with two cells around it; noise does not count."""
-    present = np.flatnonzero(profile > 0.02 * profile.max())
+    present = np.flatnonzero((profile > 0.02 * profile.max()) | (drawn > 0))
     if len(present) == 0:
         return slice(0, len(profile))
     return slice(max(0, int(present[0]) - 2), min(len(profile), int(present[-1]) + 3))

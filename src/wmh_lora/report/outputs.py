@@ -1,31 +1,43 @@
-"""The result of segmenting one scan, and the four files that it is saved as.
-
-A scan's files appear together or not at all: they are written to a hidden folder beside their
-targets and then renamed.
-"""
+"""The result of segmenting one scan, and the files that it is saved as, all of them or none."""
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wmh_lora.errors import ConfigError, DataError
-from wmh_lora.files import image_stem, write_failure
+from wmh_lora.files import image_stem, open_atomic
 from wmh_lora.postprocess import Lesion
+from wmh_lora.quality import QualityReport, assess_quality
+from wmh_lora.regions import Regions, locate_lesions
+from wmh_lora.report.extras import require
+from wmh_lora.report.saving import output_folder, saved_together
 from wmh_lora.report.tables import scan_report
 from wmh_lora.volume import Volume, write_nifti
 
-__all__ = ["OutputFiles", "Segmentation", "output_files", "output_folder", "saved_together"]
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from PIL.Image import Image
+
+    from wmh_lora.report.scan_figure import ScanFigure
+
+__all__ = [
+    "OutputFiles",
+    "PageFormat",
+    "Segmentation",
+    "output_files",
+    "output_folder",
+    "saved_together",
+]
+
+PageFormat = Literal["html", "pdf", "none"]
+"""How a scan's report is written for a reader, beside the JSON."""
 
 
 class OutputFiles(NamedTuple):
@@ -35,9 +47,15 @@ class OutputFiles(NamedTuple):
     probability: Path
     report: Path
     picture: Path
+    page: Path | None = None  # none was asked for
+
+    @property
+    def present(self) -> tuple[Path, ...]:
+        """The paths of the files that there are."""
+        return tuple(path for path in self if path is not None)
 
 
-def output_files(out_dir: str | Path, stem: str) -> OutputFiles:
+def output_files(out_dir: str | Path, stem: str, page: PageFormat = "html") -> OutputFiles:
     """Name the files of one scan, in the manner of BIDS derivatives.
 
     Examples
@@ -51,6 +69,7 @@ def output_files(out_dir: str | Path, stem: str) -> OutputFiles:
         probability=folder / f"{stem}_space-orig_label-WMH_probseg.nii.gz",
         report=folder / f"{stem}_wmh.json",
         picture=folder / f"{stem}_wmh.png",
+        page=None if page == "none" else folder / f"{stem}_wmh.{page}",
     )
 
 
@@ -76,6 +95,12 @@ class Segmentation:
         Name, sha256 and base encoder of the model.
     warnings : tuple of str
         What a reader should know before trusting the numbers.
+    structure_masks : mapping of str to uint8 array (I, J, K)
+        1 where the network finds ``"ventricles"`` or ``"brain"`` at least as likely as not; empty
+        if it has no such outputs.
+    uncertainty : float32 array (I, J, K) or None
+        Standard deviation of the lesion probability over the views, in [0, 0.5]; zero where a
+        slice was seen once, None for a single view.
     """
 
     volume: Volume
@@ -86,6 +111,31 @@ class Segmentation:
     settings: Mapping[str, Any]
     model: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
+    structure_masks: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
+    uncertainty: NDArray[np.float32] | None = None
+
+    @cached_property
+    def regions(self) -> Regions:
+        """Where the lesions are, see `wmh_lora.regions.locate_lesions`."""
+        return locate_lesions(
+            self.mask,
+            self.volume.affine,
+            self.structure_masks,
+            probability=self.probability,
+            uncertainty=self.uncertainty,
+        )
+
+    @cached_property
+    def quality(self) -> QualityReport:
+        """Checks of the scan and of this result, see `wmh_lora.quality.assess_quality`."""
+        return assess_quality(
+            self.volume,
+            probability=self.probability,
+            mask=self.mask,
+            threshold=float(self.settings["threshold"]),
+            structure_masks=self.structure_masks,
+            uncertainty=self.uncertainty,
+        )
 
     def report(self) -> dict[str, Any]:
         """Return the content of ``<stem>_wmh.json``, see `wmh_lora.report.tables.scan_report`."""
@@ -96,6 +146,8 @@ class Segmentation:
             settings=self.settings,
             model=self.model,
             warnings=self.warnings,
+            regions=self.regions,
+            quality=self.quality,
         )
 
     def save(
@@ -105,8 +157,9 @@ class Segmentation:
         overwrite: bool = False,
         stem: str | None = None,
         reference: NDArray[Any] | None = None,
+        page: PageFormat = "html",
     ) -> OutputFiles:
-        """Write mask, probability map, report and picture.
+        """Write mask, probability map, report, picture and page.
 
         Parameters
         ----------
@@ -118,6 +171,8 @@ class Segmentation:
             Start of the file names; by default the scan's name without ``_FLAIR`` and extension.
         reference : array (I, J, K), optional
             A reference mask to outline in the picture as well.
+        page : {"html", "pdf", "none"}
+            The report for a reader; PDF needs matplotlib.
 
         Returns
         -------
@@ -128,116 +183,111 @@ class Segmentation:
         DataError
             If results exist and ``overwrite`` is not set, or if they cannot be written; nothing
             of the scan is then left behind.
+        ConfigError
+            If a PDF is asked for and matplotlib is not installed.
         """
-        if stem is None:
-            stem = image_stem(self.volume.path) if self.volume.path else "scan"
-        files = output_files(out_dir, stem)
-        with saved_together(files, overwrite=overwrite) as temporary:
-            partial = OutputFiles(*(temporary[path] for path in files))
+        files = output_files(out_dir, stem or self._stem, page)
+        with saved_together(files.present, overwrite=overwrite) as temporary:
+            partial = OutputFiles(*(temporary[path] for path in files.present))
             write_nifti(partial.mask, self.mask, self.volume)
             write_nifti(partial.probability, self.probability, self.volume)
-            text = json.dumps(self.report(), indent=2, ensure_ascii=False)
+            report = self.report()
+            text = json.dumps(report, indent=2, ensure_ascii=False)
             partial.report.write_text(text + "\n", encoding="utf-8")
             self.picture(reference).save(partial.picture)
+            if partial.page is not None:
+                picture_png = partial.picture.read_bytes()
+                partial.page.write_bytes(self._page(page, report, picture_png))
         return files
 
-    def picture(self, reference: NDArray[Any] | None = None) -> Any:
-        """Draw the montage, a `PIL.Image.Image`, see `wmh_lora.report.montage.montage`."""
+    def _page(self, page: PageFormat, report: Mapping[str, Any], picture_png: bytes) -> bytes:
+        if page == "pdf":
+            from wmh_lora.report.pdf import scan_pdf
+
+            return scan_pdf(self, report)
+        from wmh_lora.report.html import scan_html
+
+        return scan_html(self, report, picture_png=picture_png).encode("utf-8")
+
+    def picture(self, reference: NDArray[Any] | None = None) -> Image:
+        """Draw the montage that `save` writes, see `wmh_lora.report.montage.montage`."""
         from wmh_lora.report.montage import montage
 
+        return montage(self.volume, self.mask, title=self._title, reference=reference)
+
+    def plot(self, reference: NDArray[Any] | None = None, **layout: int) -> ScanFigure:
+        """Draw slices with outlines as a matplotlib figure, which a notebook shows by itself.
+
+        Parameters
+        ----------
+        reference : array (I, J, K), optional
+            A reference mask to outline as well.
+        **layout
+            ``max_slices`` and ``columns``, see `wmh_lora.report.scan_figure.scan_figure`.
+
+        Raises
+        ------
+        ConfigError
+            If matplotlib is not installed.
+        """
+        require("matplotlib", extra="evaluate", purpose="A figure")
+        from wmh_lora.report.scan_figure import scan_figure
+
+        return scan_figure(self.volume, self.mask, title=self._title, reference=reference, **layout)
+
+    def lesions_frame(self) -> DataFrame:
+        """Return a pandas table with one row a lesion, see `wmh_lora.report.frames`."""
+        from wmh_lora.report.frames import lesions_frame
+
+        return lesions_frame(self.lesions, self.regions)
+
+    def summary_frame(self) -> DataFrame:
+        """Return a pandas table of one row, with the columns of ``wmh.tsv``."""
+        from wmh_lora.report.frames import summary_frame
+
+        return summary_frame(self._stem, self.report())
+
+    def report_html(self) -> str:
+        """Return the page with figures and viewer, see `wmh_lora.report.html.scan_html`."""
+        from wmh_lora.report.html import scan_html
+
+        return scan_html(self, self.report())
+
+    def save_html(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the page of `report_html`.
+
+        Raises
+        ------
+        DataError
+            If the file exists and ``overwrite`` is not set, or cannot be written.
+        """
+        page = self.report_html().encode("utf-8")
+        with open_atomic(Path(path), overwrite=overwrite) as stream:
+            stream.write(page)
+        return Path(path)
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.volume.shape))
+        return f"<Segmentation of {self._title}; {shape} voxels>"
+
+    def _repr_html_(self) -> str:
+        from wmh_lora.report.notebook import card
+
+        return card(
+            self._title,
+            self.picture(),
+            regions=self.regions,
+            quality=self.quality,
+            threshold=float(self.settings["threshold"]),
+            warnings=self.warnings,
+        )
+
+    @property
+    def _stem(self) -> str:
+        return image_stem(self.volume.path) if self.volume.path else "scan"
+
+    @property
+    def _title(self) -> str:
         name = self.volume.path.name if self.volume.path else "scan"
         count = len(self.lesions)
-        title = f"{name}: {self.volume_ml:.2f} mL in {count} lesion{'' if count == 1 else 's'}"
-        return montage(self.volume, self.mask, title=title, reference=reference)
-
-
-@contextmanager
-def saved_together(
-    targets: Sequence[Path], *, overwrite: bool = False
-) -> Iterator[dict[Path, Path]]:
-    """Let several files of one folder appear at once, or none of them.
-
-    Parameters
-    ----------
-    targets : sequence of Path
-        Files in one folder, which is made if it is absent.
-    overwrite : bool
-        Replace files that are there already.
-
-    Yields
-    ------
-    dict
-        For each target the temporary path to write instead. All must exist when the block ends.
-
-    Raises
-    ------
-    DataError
-        If a target exists and ``overwrite`` is not set, or on any error of the file system.
-    """
-    existing = [path for path in targets if os.path.lexists(path)]
-    if existing and not overwrite:
-        raise DataError(
-            f"{existing[0]} exists already and is left as it is; allow overwriting, or choose "
-            "another output folder."
-        )
-    folder = targets[0].parent
-    with output_folder(folder):
-        temporary = folder / f".wmh-lora-{secrets.token_hex(6)}"
-        try:
-            temporary.mkdir()
-            yield {path: temporary / path.name for path in targets}
-            _place(temporary, targets, fresh=set(targets) - set(existing))
-        except OSError as error:
-            reason = write_failure(targets[0], error)
-            raise DataError(f"Cannot write results to {folder}: {reason}.") from error
-        except DataError as error:
-            # the reader knows the target, not the temporary name
-            raise DataError(str(error).replace(str(temporary), str(folder))) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def output_folder(folder: Path) -> Iterator[None]:
-    """Make a folder that can be written to, and remove it again if nothing was put there.
-
-    Raises
-    ------
-    ConfigError
-        If the folder cannot be made or written to.
-    """
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".wmh-lora-{secrets.token_hex(6)}"
-            probe.mkdir()
-            probe.rmdir()
-        except FileExistsError as error:
-            raise ConfigError(
-                f"The output folder {folder} is a file; choose another output folder."
-            ) from error
-        except OSError as error:
-            reason = write_failure(folder / "results", error)
-            raise ConfigError(f"Cannot use the output folder {folder}: {reason}.") from error
-        yield
-    finally:
-        for path in missing:  # the deepest first
-            try:
-                path.rmdir()
-            except OSError:  # it holds results, or was never made
-                break
-
-
-def _place(temporary: Path, targets: Sequence[Path], fresh: set[Path]) -> None:
-    """Rename the finished files; if one cannot be, remove those that were not there before."""
-    placed: list[Path] = []
-    try:
-        for target in targets:
-            (temporary / target.name).replace(target)
-            placed.append(target)
-    except BaseException:
-        for target in placed:
-            if target in fresh:
-                target.unlink(missing_ok=True)
-        raise
+        return f"{name}: {self.volume_ml:.2f} mL in {count} lesion{'' if count == 1 else 's'}"

@@ -12,28 +12,72 @@ from nibabel.orientations import aff2axcodes
 from wmh_lora._version import __version__
 from wmh_lora.files import file_sha256
 from wmh_lora.postprocess import Lesion
+from wmh_lora.quality import QualityReport
+from wmh_lora.regions import Regions
 from wmh_lora.volume import Volume
 
-__all__ = ["COHORT_COLUMNS", "cohort_row", "cohort_table", "failed_row", "scan_report"]
+__all__ = [
+    "COHORT_COLUMNS",
+    "COHORT_DICTIONARY",
+    "cohort_row",
+    "cohort_table",
+    "failed_row",
+    "scan_report",
+]
 
 REPORT_FORMAT = 1
 """Raised whenever the meaning of a key in the report changes."""
 
-COHORT_COLUMNS = (
-    "scan",
-    "file",
-    "status",
-    "wmh_volume_ml",
-    "lesion_count",
-    "largest_lesion_ml",
-    "voxel_volume_mm3",
-    "threshold",
-    "min_voxels",
-    "tta",
-    "model",
-    "version",
-    "message",
-)
+COHORT_DICTIONARY: Mapping[str, Mapping[str, Any]] = {
+    "scan": {"Description": "Name of the scan in this run"},
+    "file": {"Description": "Name of the image file"},
+    "status": {
+        "Description": "Whether the scan was segmented",
+        "Levels": {"done": "Results were written", "failed": "See message; other columns are n/a"},
+    },
+    "wmh_volume_ml": {
+        "Description": "Volume of white matter hyperintensities",
+        "Units": "mL",
+    },
+    "lesion_count": {"Description": "Number of 26-connected lesions"},
+    "largest_lesion_ml": {"Description": "Volume of the largest lesion", "Units": "mL"},
+    "icv_ml": {
+        "Description": "Volume of the brain mask with holes filled, which stands in for the "
+        "intracranial volume; n/a where the image cuts the brain off or the mask is implausible",
+        "Units": "mL",
+    },
+    "wmh_percent_icv": {
+        "Description": "Volume of white matter hyperintensities as a percentage of icv_ml",
+        "Units": "percent",
+    },
+    "periventricular_ml": {
+        "Description": "Volume of lesion voxels within 10 mm of the ventricles",
+        "Units": "mL",
+    },
+    "deep_ml": {
+        "Description": "Volume of lesion voxels farther than 10 mm from the ventricles",
+        "Units": "mL",
+    },
+    "quality": {
+        "Description": "Worst verdict of the quality checks",
+        "Levels": {
+            "pass": "Nothing was noticed",
+            "warn": "Look at the scan before using its numbers",
+            "fail": "Do not use the numbers without a reason to",
+        },
+    },
+    "quality_concerns": {"Description": "Names of the quality checks that did not pass"},
+    "voxel_volume_mm3": {"Description": "Volume of a voxel", "Units": "mm^3"},
+    "threshold": {"Description": "Probability from which a voxel counts as lesion"},
+    "min_voxels": {"Description": "Smallest lesion that was kept, in voxels"},
+    "tta": {"Description": "Test-time augmentation: none, flip (4 views) or d4 (8 views)"},
+    "model": {"Description": "Name of the model"},
+    "version": {"Description": "Version of the software"},
+    "message": {"Description": "Warnings, or why the scan failed"},
+}
+"""What the columns of ``wmh.tsv`` mean, as a BIDS sidecar describes the columns of a table."""
+
+COHORT_COLUMNS = tuple(COHORT_DICTIONARY)
 
 _NOT_AVAILABLE = "n/a"  # as BIDS writes it
 
@@ -46,6 +90,8 @@ def scan_report(
     settings: Mapping[str, Any],
     model: Mapping[str, Any],
     warnings: Sequence[str] = (),
+    regions: Regions | None = None,
+    quality: QualityReport | None = None,
 ) -> dict[str, Any]:
     """Collect what ``<stem>_wmh.json`` says about one scan.
 
@@ -63,6 +109,10 @@ def scan_report(
         Name, sha256 and base encoder of the model, as used.
     warnings : sequence of str
         What a reader should know before trusting the numbers.
+    regions : Regions, optional
+        Where the lesions are; without it there is no key of that name.
+    quality : QualityReport, optional
+        Checks of scan and result; without it there is no key of that name.
 
     Returns
     -------
@@ -74,7 +124,7 @@ def scan_report(
         name, digest = volume.path.name, file_sha256(volume.path)
         # a report is passed on; where the scan lay on somebody's disk is not
         warnings = [text.replace(str(volume.path), name) for text in warnings]
-    return {
+    report = {
         "format": REPORT_FORMAT,
         "file": name,
         "file_sha256": digest,
@@ -92,6 +142,11 @@ def scan_report(
         "software": {"name": "wmh-lora", "version": __version__},
         "warnings": list(warnings),
     }
+    if regions is not None:
+        report["regions"] = regions.as_dict()
+    if quality is not None:
+        report["quality"] = quality.as_dict()
+    return report
 
 
 def cohort_row(scan: str, report: Mapping[str, Any]) -> dict[str, str]:
@@ -106,6 +161,10 @@ def cohort_row(scan: str, report: Mapping[str, Any]) -> dict[str, str]:
     """
     lesions = report["lesions"]
     settings = report["settings"]
+    regions = report.get("regions") or {}
+    split = regions.get("voxel_distance_10mm") or {}
+    quality = report.get("quality") or {"checks": []}
+    concerns = [check["name"] for check in quality["checks"] if check["verdict"] != "pass"]
     return {
         "scan": scan,
         "file": str(report["file"]),
@@ -113,6 +172,12 @@ def cohort_row(scan: str, report: Mapping[str, Any]) -> dict[str, str]:
         "wmh_volume_ml": f"{report['wmh_volume_ml']:.4f}",
         "lesion_count": str(report["lesion_count"]),
         "largest_lesion_ml": f"{lesions[0]['volume_ml']:.4f}" if lesions else "0.0000",
+        "icv_ml": _number(regions.get("icv_ml"), 1),
+        "wmh_percent_icv": _number(regions.get("wmh_percent_of_icv"), 4),
+        "periventricular_ml": _number(split.get("periventricular_ml"), 4),
+        "deep_ml": _number(split.get("deep_ml"), 4),
+        "quality": str(quality.get("verdict", _NOT_AVAILABLE)),
+        "quality_concerns": ", ".join(concerns) or _NOT_AVAILABLE,
         "voxel_volume_mm3": f"{report['grid']['voxel_volume_mm3']:.4f}",
         "threshold": str(settings["threshold"]),
         "min_voxels": str(settings["min_voxels"]),
@@ -121,6 +186,10 @@ def cohort_row(scan: str, report: Mapping[str, Any]) -> dict[str, str]:
         "version": str(report["software"]["version"]),
         "message": "; ".join(report["warnings"]) or _NOT_AVAILABLE,
     }
+
+
+def _number(value: float | None, decimals: int) -> str:
+    return _NOT_AVAILABLE if value is None else f"{value:.{decimals}f}"
 
 
 def failed_row(scan: str, file: str, message: str) -> dict[str, str]:

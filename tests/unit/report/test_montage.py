@@ -136,3 +136,11 @@ class TestChooseSlices:
     def test_works_without_any_tissue(self) -> None:
         nothing = np.zeros((6, 4, 4), bool)
         assert choose_slices(nothing, nothing, 3) == [1, 3, 5]
+
+
+def test_frames_what_was_drawn_outside_the_head() -> None:
+    volume, mask = head()
+    mask[0, 0, 6] = 1
+    assert len(coloured(pixels(volume, mask), module.PREDICTION_RGB)) > len(
+        coloured(pixels(*head()), module.PREDICTION_RGB)
+    )

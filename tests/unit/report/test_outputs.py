@@ -32,10 +32,12 @@ def result() -> Segmentation:
     )
 
 
-def test_saves_four_files_that_agree(tmp_path: Path, result: Segmentation) -> None:
+def test_saves_five_files_that_agree(tmp_path: Path, result: Segmentation) -> None:
     files = result.save(tmp_path / "new" / "out", stem="sub-01")
     assert files == output_files(tmp_path / "new" / "out", "sub-01")
-    assert sorted(p.name for p in files.mask.parent.iterdir()) == sorted(p.name for p in files)
+    assert sorted(p.name for p in files.mask.parent.iterdir()) == sorted(
+        p.name for p in files.present
+    )
     mask = Volume.read(files.mask, allow_constant=True)
     np.testing.assert_array_equal(mask.data, result.mask)
     np.testing.assert_array_equal(mask.affine, result.volume.affine)
@@ -44,18 +46,27 @@ def test_saves_four_files_that_agree(tmp_path: Path, result: Segmentation) -> No
     assert report["lesion_count"] == len(result.lesions)
     with Image.open(files.picture) as picture:
         assert picture.format == "PNG"
+    assert files.page is not None
+    assert files.page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_saves_no_page_unless_asked(tmp_path: Path, result: Segmentation) -> None:
+    files = result.save(tmp_path, stem="a", page="none")
+    assert files.page is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in files.present)
 
 
 def test_files_get_ordinary_permissions(tmp_path: Path, result: Segmentation) -> None:
     ordinary = tmp_path / "ordinary"
     ordinary.touch()
-    for path in result.save(tmp_path, stem="a"):
+    for path in result.save(tmp_path, stem="a").present:
         assert path.stat().st_mode == ordinary.stat().st_mode
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path, result: Segmentation) -> None:
-    first = [path.read_bytes() for path in result.save(tmp_path, stem="a")]
-    second = [path.read_bytes() for path in result.save(tmp_path, stem="a", overwrite=True)]
+    first = [path.read_bytes() for path in result.save(tmp_path, stem="a").present]
+    again = result.save(tmp_path, stem="a", overwrite=True)
+    second = [path.read_bytes() for path in again.present]
     assert first == second
 
 

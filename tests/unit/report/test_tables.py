@@ -12,8 +12,11 @@ import pytest
 
 from wmh_lora import __version__
 from wmh_lora.postprocess import describe_lesions
+from wmh_lora.quality import QualityCheck, QualityReport
+from wmh_lora.regions import locate_lesions
 from wmh_lora.report.tables import (
     COHORT_COLUMNS,
+    COHORT_DICTIONARY,
     cohort_row,
     cohort_table,
     failed_row,
@@ -86,6 +89,36 @@ def test_row_of_a_scan(volume: Volume) -> None:
     assert row["largest_lesion_ml"] == "0.0200"
     assert row["status"] == "done"
     assert row["message"] == "n/a"
+
+
+def test_report_and_row_tell_regions_and_quality(volume: Volume) -> None:
+    assert not {"regions", "quality"} & set(report(volume))
+    brain, ventricles, mask = (np.zeros((80, 80, 40), np.uint8) for _ in range(3))
+    brain[5:75, 5:75, 5:35] = 1
+    ventricles[30:40, 30:40, 15:20] = 1
+    mask[40:44, 30, 16] = mask[60:66, 30, 16] = 1
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    found = locate_lesions(mask, affine, {"brain": brain, "ventricles": ventricles})
+    checks = [
+        QualityCheck("noise", "warn", "It is noisy.", 0.1, {"warn_above": 0.09}),
+        QualityCheck("brain", "pass", "It is there.", 1176.0, {}),
+    ]
+    full = report(volume, regions=found, quality=QualityReport(tuple(checks)))
+    assert full["regions"] == found.as_dict()
+    assert full["quality"]["verdict"] == "warn"
+    row = cohort_row("sub-01", json.loads(json.dumps(full)))
+    assert row["icv_ml"] == "1176.0"
+    assert row["wmh_percent_icv"] == f"{100 * 0.08 / 1176:.4f}"
+    assert (row["periventricular_ml"], row["deep_ml"]) == ("0.0320", "0.0480")
+    assert (row["quality"], row["quality_concerns"]) == ("warn", "noise")
+    unknown = cohort_row("sub-01", report(volume, regions=locate_lesions(mask, affine, {})))
+    assert (unknown["icv_ml"], unknown["deep_ml"], unknown["quality"]) == ("n/a", "n/a", "n/a")
+
+
+def test_every_column_is_explained() -> None:
+    assert tuple(COHORT_DICTIONARY) == COHORT_COLUMNS
+    assert all(entry["Description"] for entry in COHORT_DICTIONARY.values())
+    json.dumps(dict(COHORT_DICTIONARY))
 
 
 def test_row_of_a_scan_without_lesions(volume: Volume) -> None:

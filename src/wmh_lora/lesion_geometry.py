@@ -1,0 +1,152 @@
+"""Lesion voxels in millimetres: how far they are from a structure, and how wide a lesion is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from nibabel.orientations import io_orientation
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from wmh_lora.postprocess import Lesion, label_lesions
+from wmh_lora.structures import BoolArray, bounding_box, surface
+
+__all__ = [
+    "LesionVoxels",
+    "axial_diameters_mm",
+    "distances_mm",
+    "gaps_mm",
+    "lesion_voxels",
+    "surface_distances_mm",
+]
+
+FloatArray = NDArray[np.float64]
+
+_DIRECTIONS = 12  # of diameters: with 15 degrees between them the longest is missed by under 1 %
+
+
+@dataclass(frozen=True, eq=False)
+class LesionVoxels:
+    """All lesion voxels of a scan, those of one lesion together.
+
+    Attributes
+    ----------
+    indices : int array (3, n)
+        Where they are on the scan's grid.
+    owner : int array (n,)
+        Which of ``lesions`` each belongs to, ascending from 0.
+    lesions : sequence of Lesion
+        The largest first.
+    affine : array (4, 4)
+        Voxel indices to scanner millimetres.
+    """
+
+    indices: NDArray[np.int64]
+    owner: NDArray[np.int64]
+    lesions: Sequence[Lesion]
+    affine: FloatArray
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of a voxel in millilitres."""
+        return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000.0
+
+    def reduce(self, operation: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
+        """Combine the values (n,) of each lesion's voxels, one result a lesion."""
+        if not self.lesions:
+            return np.empty(0)
+        starts = np.searchsorted(self.owner, np.arange(len(self.lesions)))
+        return np.asarray(operation.reduceat(values, starts))
+
+
+def lesion_voxels(mask: NDArray[Any], affine: NDArray[np.float64]) -> LesionVoxels:
+    """Collect the voxels of a lesion mask (I, J, K), lesion by lesion.
+
+    Raises
+    ------
+    DataError
+        If the mask is not 3-D.
+    """
+    labels, lesions = label_lesions(mask, affine)
+    indices = np.nonzero(labels)
+    owner = labels[indices].astype(np.int64) - 1
+    order = np.argsort(owner, kind="stable")
+    return LesionVoxels(np.stack(indices)[:, order], owner[order], lesions, np.asarray(affine))
+
+
+def distances_mm(voxels: LesionVoxels, target: BoolArray) -> FloatArray:
+    """Return how far each lesion voxel (n,) is from a mask (I, J, K), between centres.
+
+    Zero inside the mask. The mask must not be empty.
+    """
+    if not voxels.lesions:
+        return np.empty(0)
+    distance = _nearest_mm(voxels, surface(target))
+    distance[target[tuple(voxels.indices)]] = 0.0
+    return distance
+
+
+def gaps_mm(voxels: LesionVoxels, target: BoolArray) -> FloatArray:
+    """Return the gap (n,) between each lesion voxel and the nearest voxel of a mask, as boxes.
+
+    It is zero for the 26 neighbours of a voxel, whatever the slice thickness; it equals the
+    distance between centres to the mask grown by one voxel to all sides.
+    """
+    box = bounding_box(target)
+    if box is None or not voxels.lesions:
+        return np.full(len(voxels.owner), np.inf)
+    around = tuple(slice(max(0, side.start - 1), side.stop + 1) for side in box)
+    grown = target.copy()
+    grown[around] = ndimage.binary_dilation(target[around], np.ones((3, 3, 3)))
+    return distances_mm(voxels, grown)
+
+
+def surface_distances_mm(voxels: LesionVoxels, target: BoolArray, within_mm: float) -> FloatArray:
+    """Return how far each lesion voxel (n,) is from the surface of a mask; zero outside it.
+
+    Infinite beyond ``within_mm``: the search would take most of the time where nobody looks.
+    """
+    if not voxels.lesions:
+        return np.empty(0)
+    distance = _nearest_mm(voxels, surface(target), within_mm)
+    distance[~target[tuple(voxels.indices)]] = 0.0
+    return distance
+
+
+def axial_diameters_mm(voxels: LesionVoxels) -> FloatArray:
+    """Return the largest diameter (n lesions,) of each lesion within any one axial slice.
+
+    Lesions are projected onto `_DIRECTIONS` directions within the plane; a voxel counts with its
+    own width.
+    """
+    if not voxels.lesions:
+        return np.empty(0)
+    through = int(np.flatnonzero(io_orientation(voxels.affine)[:, 0] == 2)[0])
+    first, second = (axis for axis in range(3) if axis != through)
+    spacing = np.linalg.norm(voxels.affine[:3, :3], axis=0)
+    u, v = voxels.indices[first] * spacing[first], voxels.indices[second] * spacing[second]
+    level = voxels.indices[through]
+    by_slice = np.lexsort((level, voxels.owner))
+    key = (voxels.owner * (int(level.max()) + 1) + level)[by_slice]
+    starts = np.flatnonzero(np.diff(key, prepend=-1))
+    longest = np.zeros(len(starts))
+    for angle in np.arange(_DIRECTIONS) * np.pi / _DIRECTIONS:
+        cos, sin = abs(float(np.cos(angle))), abs(float(np.sin(angle)))
+        along = (np.cos(angle) * u + np.sin(angle) * v)[by_slice]
+        # length of the line of this direction through one voxel
+        width = min(spacing[first] / max(cos, 1e-9), spacing[second] / max(sin, 1e-9))
+        extent = np.maximum.reduceat(along, starts) - np.minimum.reduceat(along, starts) + width
+        np.maximum(longest, extent, out=longest)
+    lesion_starts = np.searchsorted(voxels.owner[by_slice][starts], np.arange(len(voxels.lesions)))
+    return np.asarray(np.maximum.reduceat(longest, lesion_starts))
+
+
+def _nearest_mm(voxels: LesionVoxels, target: BoolArray, within_mm: float = np.inf) -> FloatArray:
+    """Distance of each lesion voxel to the nearest voxel of a set; the origin drops out."""
+    linear = voxels.affine[:3, :3].T
+    tree = cKDTree(np.argwhere(target) @ linear)
+    return np.asarray(tree.query(voxels.indices.T @ linear, distance_upper_bound=within_mm)[0])
