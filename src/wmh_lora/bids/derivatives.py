@@ -1,0 +1,281 @@
+"""Write the results of a scan as BIDS derivatives, and know them again."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from wmh_lora._version import __version__
+from wmh_lora.bids.discovery import RawScan
+from wmh_lora.bids.names import DerivedFiles, derived_files
+from wmh_lora.config import InferenceConfig
+from wmh_lora.errors import ConfigError
+from wmh_lora.files import file_sha256, open_atomic
+from wmh_lora.report.html import scan_html
+from wmh_lora.report.outputs import Segmentation, saved_together
+from wmh_lora.volume import write_nifti
+
+__all__ = [
+    "BIDS_VERSION",
+    "State",
+    "dataset_description",
+    "results_state",
+    "save_scan",
+    "settings_record",
+    "write_dataset_files",
+]
+
+BIDS_VERSION = "1.10.0"
+_SOFTWARE = "WMH-LoRA"
+_OWN_FILES = ("wmh.tsv", "wmh.json", "wmh.html")
+_IGNORED = ("*_wmh.json", "*_wmh.png", "*_wmh.html", *(f"/{name}" for name in _OWN_FILES))
+
+State = Literal["absent", "partial", "finished", "different"]
+
+_README = """\
+# White matter hyperintensities
+
+Derivatives of the FLAIR scans of a BIDS data set (`bids:raw:` in the sidecars), made by
+WMH-LoRA {version}, research software and not a medical device.
+
+For each scan, in `sub-<label>/[ses-<label>/]anat`:
+
+| file | what |
+|---|---|
+| `*_space-orig_label-WMH_mask.nii.gz` | lesions (1), on the scan's own grid |
+| `*_space-orig_label-WMH_probseg.nii.gz` | probability of lesion before the threshold, in [0, 1] |
+| `*_mask.json`, `*_probseg.json` | source and settings |
+| `*_wmh.json` | volumes, every lesion, regions, quality checks |
+| `*_wmh.png`, `*_wmh.html` | slices with outlines; a page with a viewer |
+
+The group level writes `wmh.tsv`, described by `wmh.json`, and the page `wmh.html`. BIDS has no
+names for reports and this table, so `.bidsignore` lists them.
+
+## Licence
+
+Masks and probability maps are derived from the scans: the terms of the source data set apply to
+them. The model's own licence is named in its model card.
+"""
+
+
+def settings_record(model: Mapping[str, str], inference: InferenceConfig) -> dict[str, Any]:
+    """Collect what decides a mask beside the scan, as sidecars record it.
+
+    Parameters
+    ----------
+    model : mapping
+        Name, sha256, base_encoder and base_sha256, from `wmh_lora.models.registry.Model.describe`.
+    inference : InferenceConfig
+        As used. What changes memory and speed alone is left out.
+    """
+    return {
+        "Threshold": inference.threshold,
+        "MinimumLesionVoxels": inference.min_voxels,
+        "TestTimeAugmentation": inference.tta,
+        "Adaptive": inference.adaptive,
+        "Precision": inference.precision,
+        "Model": {
+            "Name": model["name"],
+            "SHA256": model["sha256"],
+            "BaseEncoder": model["base_encoder"],
+            "BaseEncoderSHA256": model["base_sha256"],
+        },
+        "SoftwareVersion": __version__,
+    }
+
+
+def results_state(out_dir: Path, scan: RawScan, record: Mapping[str, Any]) -> State:
+    """Say whether a scan is done.
+
+    Parameters
+    ----------
+    out_dir : Path
+        The derivatives.
+    scan : RawScan
+    record : mapping
+        From `settings_record`, of the run to come.
+
+    Returns
+    -------
+    str
+        ``"absent"``: there is nothing. ``"finished"``: every file is there, from this scan with
+        these settings. ``"different"``: made with other settings, or from another version of the
+        scan. ``"partial"``: files are missing or damaged.
+    """
+    files = derived_files(out_dir, scan.name)
+    present = [path for path in files if os.path.lexists(path)]
+    if not present:
+        return "absent"
+    digest = file_sha256(scan.source) if scan.source.is_file() else ""
+    expected = _sidecars(scan, record, digest)
+    written = (_read_sidecar(files.mask_sidecar), _read_sidecar(files.probability_sidecar))
+    if any(found is not None and found != wanted for found, wanted in zip(written, expected)):
+        return "different"
+    return "finished" if len(present) == len(files) and None not in written else "partial"
+
+
+def save_scan(
+    segmentation: Segmentation,
+    scan: RawScan,
+    out_dir: Path,
+    record: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write all files of a scan, or none.
+
+    Parameters
+    ----------
+    segmentation : Segmentation
+        Of the scan.
+    scan : RawScan
+    out_dir : Path
+        The derivatives.
+    record : mapping
+        From `settings_record`.
+    overwrite : bool
+        Replace files that are there.
+
+    Returns
+    -------
+    dict
+        The report, as saved.
+
+    Raises
+    ------
+    DataError
+        If files exist and ``overwrite`` is not set, or if they cannot be written.
+    """
+    report = segmentation.report()
+    files = derived_files(out_dir, scan.name)
+    mask_sidecar, probability_sidecar = _sidecars(scan, record, report["file_sha256"])
+    stream = io.BytesIO()
+    segmentation.picture().save(stream, format="PNG")
+    page = scan_html(segmentation, report, picture_png=stream.getvalue())
+    with saved_together(files, overwrite=overwrite) as temporary:
+        # sidecars come last: a set that has them is complete
+        partial = DerivedFiles(*(temporary[path] for path in files))
+        write_nifti(partial.mask, segmentation.mask, segmentation.volume)
+        write_nifti(partial.probability, segmentation.probability, segmentation.volume)
+        partial.picture.write_bytes(stream.getvalue())
+        for path, text in (
+            (partial.report, _json(report)),
+            (partial.page, page),
+            (partial.probability_sidecar, _json(probability_sidecar)),
+            (partial.mask_sidecar, _json(mask_sidecar)),
+        ):
+            path.write_text(text, encoding="utf-8")
+    return report
+
+
+def _sidecars(
+    scan: RawScan, record: Mapping[str, Any], source_sha256: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sidecars of mask and probability map; they hold no results, so a rerun can compare them."""
+    common = {
+        "Type": "Lesion",
+        "Sources": [scan.uri],
+        "SourceSHA256": source_sha256,
+        "SpatialReference": "orig",
+        "Manual": False,
+        **record,
+    }
+    mask = "White matter hyperintensities: 1 lesion, 0 background, on the grid of the source"
+    probability = "Probability of white matter hyperintensity before the threshold, in [0, 1]"
+    return {"Description": mask, **common}, {"Description": probability, **common}
+
+
+def _read_sidecar(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # absent, or cut off: to be made again
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def dataset_description(out_dir: Path, raw_dir: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``dataset_description.json`` of the derivatives.
+
+    Parameters
+    ----------
+    out_dir, raw_dir : Path
+        The derivatives and the data set, which is linked by its path relative to them.
+    raw : mapping
+        Description of the data set, of which name, DOI and licence are taken where they are given.
+    """
+    source = {"URL": "bids:raw:"}
+    if isinstance(raw.get("DatasetDOI"), str):
+        source["DOI"] = raw["DatasetDOI"]
+    name = raw.get("Name")
+    description: dict[str, Any] = {
+        "Name": f"White matter hyperintensities{f' of {name}' if name else ''}",
+        "BIDSVersion": BIDS_VERSION,
+        "DatasetType": "derivative",
+        "GeneratedBy": [
+            {
+                "Name": _SOFTWARE,
+                "Version": __version__,
+                "Description": "Segments white matter hyperintensities on FLAIR MRI",
+            }
+        ],
+        "SourceDatasets": [source],
+        "DatasetLinks": {"raw": _link(out_dir.resolve(), raw_dir.resolve())},
+    }
+    if isinstance(raw.get("License"), str):
+        description["License"] = raw["License"]
+    return description
+
+
+def _link(out_dir: Path, raw_dir: Path) -> str:
+    try:
+        return Path(os.path.relpath(raw_dir, out_dir)).as_posix()
+    except ValueError:  # another drive of Windows
+        return raw_dir.as_uri()
+
+
+def write_dataset_files(out_dir: Path, raw_dir: Path, raw: Mapping[str, Any]) -> None:
+    """Write description, README and ``.bidsignore`` of the derivatives, which this renews.
+
+    Raises
+    ------
+    ConfigError
+        If the folder is the data set itself, or holds another data set.
+    DataError
+        If a file cannot be written.
+    """
+    if out_dir.resolve() == raw_dir.resolve():
+        raise ConfigError(
+            f"{out_dir} is the data set itself; choose another output folder, such as "
+            f"{raw_dir / 'derivatives' / 'wmh-lora'}."
+        )
+    path = out_dir / "dataset_description.json"
+    if os.path.lexists(path) and not _is_ours(path):
+        raise ConfigError(
+            f"{out_dir} holds another data set, by its dataset_description.json; choose another "
+            "output folder."
+        )
+    contents = {
+        path: _json(dataset_description(out_dir, raw_dir, raw)),
+        out_dir / "README.md": _README.format(version=__version__),
+        out_dir / ".bidsignore": "".join(f"{pattern}\n" for pattern in _IGNORED),
+    }
+    for target, text in contents.items():
+        if not target.is_file() or target.read_bytes() != text.encode("utf-8"):
+            with open_atomic(target, overwrite=True) as stream:
+                stream.write(text.encode("utf-8"))
+
+
+def _is_ours(path: Path) -> bool:
+    description = _read_sidecar(path) or {}
+    makers = description.get("GeneratedBy")
+    return isinstance(makers, list) and any(
+        isinstance(maker, dict) and maker.get("Name") == _SOFTWARE for maker in makers
+    )
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

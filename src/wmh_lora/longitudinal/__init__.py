@@ -1,0 +1,1 @@
+"""Two or more visits of one person: what changed between them."""

@@ -1,0 +1,124 @@
+"""What is written for a scan and for the data set, and how it is known again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.bids_trees import write_dataset
+from tests.phantoms import brightness_model
+from wmh_lora.bids.derivatives import (
+    dataset_description,
+    results_state,
+    save_scan,
+    settings_record,
+    write_dataset_files,
+)
+from wmh_lora.bids.discovery import RawScan, find_flairs
+from wmh_lora.bids.names import derived_files
+from wmh_lora.config import InferenceConfig
+from wmh_lora.engine import WMHInferenceEngine
+from wmh_lora.errors import ConfigError, DataError
+
+MODEL = brightness_model()
+RECORD = settings_record(MODEL.describe(), MODEL.card.inference)
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> RawScan:
+    root = write_dataset(tmp_path / "raw", "sub-01_ses-1_run-1_FLAIR")
+    return find_flairs(root).scans[0]
+
+
+@pytest.fixture
+def out(tmp_path: Path, scan: RawScan) -> Path:
+    """The derivatives of the scan."""
+    found = WMHInferenceEngine(MODEL, "cpu").segment(scan.source)
+    report = save_scan(found, scan, tmp_path / "out", RECORD)
+    assert report["lesion_count"] == 2
+    return tmp_path / "out"
+
+
+def test_states(tmp_path: Path, scan: RawScan, out: Path) -> None:
+    files = derived_files(out, scan.name)
+    assert results_state(tmp_path / "elsewhere", scan, RECORD) == "absent"
+    assert results_state(out, scan, RECORD) == "finished"
+
+    changed = settings_record(MODEL.describe(), InferenceConfig(threshold=0.6))
+    assert results_state(out, scan, changed) == "different"
+    other = settings_record({**MODEL.describe(), "sha256": "2" * 64}, MODEL.card.inference)
+    assert results_state(out, scan, other) == "different"
+    faster = settings_record(MODEL.describe(), InferenceConfig(batch_size=7, max_memory="1G"))
+    assert results_state(out, scan, faster) == "finished"
+
+    files.page.unlink()
+    assert results_state(out, scan, RECORD) == "partial"
+    files.page.write_text("again", encoding="utf-8")
+    text = files.mask_sidecar.read_text(encoding="utf-8")
+    files.mask_sidecar.write_text(text[:40], encoding="utf-8")  # cut off
+    assert results_state(out, scan, RECORD) == "partial"
+    files.mask_sidecar.write_text(text, encoding="utf-8")
+    assert results_state(out, scan, RECORD) == "finished"
+
+    with scan.source.open("ab") as stream:  # another version of the scan
+        stream.write(b"\0")
+    assert results_state(out, scan, RECORD) == "different"
+
+
+def test_a_sidecar_names_source_and_settings(scan: RawScan, out: Path) -> None:
+    files = derived_files(out, scan.name)
+    sidecar = json.loads(files.mask_sidecar.read_text(encoding="utf-8"))
+    assert sidecar["Sources"] == ["bids:raw:sub-01/ses-1/anat/sub-01_ses-1_run-1_FLAIR.nii.gz"]
+    assert sidecar["Type"] == "Lesion"
+    assert sidecar["SpatialReference"] == "orig"
+    assert sidecar["Threshold"] == MODEL.card.inference.threshold
+    assert sidecar["Model"]["SHA256"] == MODEL.sha256
+    report = json.loads(files.report.read_text(encoding="utf-8"))
+    assert sidecar["SourceSHA256"] == report["file_sha256"]
+
+
+def test_results_are_not_replaced_unasked(scan: RawScan, out: Path) -> None:
+    found = WMHInferenceEngine(MODEL, "cpu").segment(scan.source)
+    before = {path: path.stat().st_mtime_ns for path in derived_files(out, scan.name)}
+    with pytest.raises(DataError, match="exists already"):
+        save_scan(found, scan, out, RECORD)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    save_scan(found, scan, out, RECORD, overwrite=True)
+    assert results_state(out, scan, RECORD) == "finished"
+
+
+def test_description_links_the_source(tmp_path: Path) -> None:
+    raw = {"Name": "Study", "License": "CC-BY-4.0", "DatasetDOI": "10.1/x"}
+    out = tmp_path / "raw" / "derivatives" / "wmh-lora"
+    description = dataset_description(out, tmp_path / "raw", raw)
+    assert description["DatasetLinks"] == {"raw": "../.."}
+    assert description["DatasetType"] == "derivative"
+    assert description["SourceDatasets"] == [{"URL": "bids:raw:", "DOI": "10.1/x"}]
+    assert description["License"] == "CC-BY-4.0"
+    assert "License" not in dataset_description(out, tmp_path / "raw", {})
+
+
+def test_dataset_files_are_renewed_but_nobody_elses(tmp_path: Path) -> None:
+    out, raw = tmp_path / "out", tmp_path / "raw"
+    out.mkdir()
+    write_dataset_files(out, raw, {"Name": "A"})
+    first = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert set(first) == {"dataset_description.json", "README.md", ".bidsignore"}
+    write_dataset_files(out, raw, {"Name": "A"})
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == first
+    write_dataset_files(out, raw, {"Name": "B"})
+    assert "of B" in (out / "dataset_description.json").read_text(encoding="utf-8")
+
+    description = out / "dataset_description.json"
+    for foreign in ('{"GeneratedBy": [{"Name": "fMRIPrep"}]}', '{"Name": "raw"}', "not JSON"):
+        description.write_text(foreign, encoding="utf-8")
+        with pytest.raises(ConfigError, match="holds another data set"):
+            write_dataset_files(out, raw, {})
+        assert description.read_text(encoding="utf-8") == foreign
+
+
+def test_the_data_set_itself_is_no_output_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is the data set itself"):
+        write_dataset_files(tmp_path / "a" / "..", tmp_path, {})
