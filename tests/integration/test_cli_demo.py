@@ -20,6 +20,7 @@ FILES = {
     "demo_space-orig_label-WMH_probseg.nii.gz",
     "demo_wmh.json",
     "demo_wmh.png",
+    "demo_wmh.html",
 }
 
 
@@ -44,7 +45,8 @@ def test_makes_segments_and_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "Dice              1.000" in result.stdout
     assert "4.48 mL found, 4.48 mL there" in result.stdout
     assert "demo_wmh.png" in result.stdout
-    assert result.stderr == ""
+    # the phantom's coarse voxels do not pass
+    assert all(": quality " in line for line in result.stderr.splitlines())
 
 
 def test_runs_again_and_leaves_other_files_alone(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 
 from tests.phantoms import BrightnessNet, brightness_model, head, write_head
 from wmh_lora.cli.main import cli
+from wmh_lora.engine import Segmentation, WMHInferenceEngine
 from wmh_lora.errors import DeviceError, WeightsError
 from wmh_lora.volume import Volume
 
@@ -26,6 +28,7 @@ ENDINGS = (
     "_space-orig_label-WMH_probseg.nii.gz",
     "_wmh.json",
     "_wmh.png",
+    "_wmh.html",
 )
 
 Run = Callable[..., Result]
@@ -66,13 +69,49 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 class TestOneScan:
-    def test_writes_the_four_files(self, tmp_path: Path, run: Run) -> None:
+    @pytest.mark.parametrize(("page", "ending"), [("none", None), ("pdf", "_wmh.pdf")])
+    def test_writes_the_report_that_is_asked_for(
+        self, tmp_path: Path, run: Run, page: str, ending: str | None
+    ) -> None:
+        write_head(tmp_path / "sub-01_FLAIR.nii.gz")
+        result = run("sub-01_FLAIR.nii.gz", options=("--report", page))
+        assert result.exit_code == 0, result.output
+        expected = outputs_of("sub-01") - {"sub-01_wmh.html"}
+        assert names(tmp_path / "out") == expected | ({f"sub-01{ending}"} if ending else set())
+
+    def test_a_pdf_without_matplotlib_is_refused_before_any_work(
+        self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("wmh_lora.report.pdf.find_spec", lambda name: None)
+        write_head(tmp_path / "sub-01_FLAIR.nii.gz")
+        result = run("sub-01_FLAIR.nii.gz", options=("--report", "pdf"))
+        assert result.exit_code == 2
+        assert "needs matplotlib" in result.stderr
+        assert not (tmp_path / "out").exists()
+
+    def test_writes_the_five_files(self, tmp_path: Path, run: Run) -> None:
         write_head(tmp_path / "sub-01_FLAIR.nii.gz")
         result = run("sub-01_FLAIR.nii.gz")
         assert result.exit_code == 0, result.output
         assert names(tmp_path / "out") == outputs_of("sub-01")
         assert "sub-01: 4.48 mL in 2 lesions" in result.stdout
-        assert result.stderr == ""
+
+    def test_tells_what_the_quality_checks_find(self, tmp_path: Path, run: Run) -> None:
+        write_head(tmp_path / "sub-01_FLAIR.nii.gz")
+        result = run("sub-01_FLAIR.nii.gz")
+        assert "wmh-lora: sub-01: quality fail: Pixels measure 4.0 mm" in result.stderr
+        report = json.loads((tmp_path / "out" / "sub-01_wmh.json").read_text(encoding="utf-8"))
+        checks = report["quality"]["checks"]
+        found = [check["sentence"] for check in checks if check["verdict"] != "pass"]
+        assert len(result.stderr.splitlines()) == len(found)
+        assert all(sentence in result.stderr for sentence in found)
+
+    def test_strict_counts_a_failed_quality_check(self, tmp_path: Path, run: Run) -> None:
+        write_head(tmp_path / "sub-01_FLAIR.nii.gz")
+        result = run("sub-01_FLAIR.nii.gz", options=("--strict",))
+        assert result.exit_code == 1
+        assert "failed a quality check; its results are kept" in result.stderr
+        assert names(tmp_path / "out") == outputs_of("sub-01")
 
     def test_mask_lies_on_the_scan_bit_for_bit(self, tmp_path: Path, run: Run) -> None:
         source = write_head(tmp_path / "sub-01_FLAIR.nii.gz")
@@ -171,7 +210,7 @@ class TestBatch:
         write_head(tmp_path / "study" / "sub-01" / "anat" / "sub-01_T1w.nii.gz")
         result = run("study")
         assert result.exit_code == 0, result.output
-        assert names(tmp_path / "out") == outputs_of("sub-01", "sub-02") | {"wmh.tsv"}
+        assert names(tmp_path / "out") == outputs_of("sub-01", "sub-02") | {"wmh.tsv", "wmh.html"}
         rows = table(tmp_path / "out" / "wmh.tsv")
         assert [row["scan"] for row in rows] == ["sub-01", "sub-02"]
         assert [row["wmh_volume_ml"] for row in rows] == ["4.4800", "4.4800"]
@@ -182,7 +221,7 @@ class TestBatch:
         (tmp_path / "study" / "b.nii.gz").write_text("not an image")
         result = run("study")
         assert result.exit_code == 1
-        assert names(tmp_path / "out") == outputs_of("a", "c") | {"wmh.tsv"}
+        assert names(tmp_path / "out") == outputs_of("a", "c") | {"wmh.tsv", "wmh.html"}
         rows = table(tmp_path / "out" / "wmh.tsv")
         assert [row["status"] for row in rows] == ["done", "failed", "done"]
         assert rows[1]["wmh_volume_ml"] == "n/a"
@@ -208,7 +247,7 @@ class TestBatch:
             write_head(tmp_path / f"{name}.nii.gz")
         result = run("a.nii.gz", "b.nii.gz")
         assert result.exit_code == 1
-        assert names(tmp_path / "out") == outputs_of("b") | {"wmh.tsv"}
+        assert names(tmp_path / "out") == outputs_of("b") | {"wmh.tsv", "wmh.html"}
         first, *_ = result.stderr.splitlines()
         assert "a.nii.gz" in first
         assert "something odd" in first
@@ -227,7 +266,7 @@ class TestBatch:
         result = run("study")
         assert result.exit_code == 0, result.output
         expected = {f"{number}/{name}" for number in "01" for name in outputs_of("FLAIR")}
-        assert names(tmp_path / "out") == expected | {"wmh.tsv"}
+        assert names(tmp_path / "out") == expected | {"wmh.tsv", "wmh.html"}
         rows = table(tmp_path / "out" / "wmh.tsv")
         assert [row["scan"] for row in rows] == ["0/FLAIR", "1/FLAIR"]
 
@@ -254,7 +293,7 @@ class TestExistingResults:
         result = run("a.nii.gz", "b.nii.gz")
         assert result.exit_code == 2
         assert "--overwrite" in result.stderr
-        assert "(and 3 more)" in result.stderr
+        assert "(and 4 more)" in result.stderr
         assert names(tmp_path / "out") == before
 
     def test_are_replaced_on_request(self, tmp_path: Path, run: Run) -> None:
@@ -385,7 +424,7 @@ class TestBadInput:
         write_head(tmp_path / "good.nii.gz")
         result = run("bad.nii.gz", "good.nii.gz")
         assert result.exit_code == 1
-        assert names(tmp_path / "out") == outputs_of("good") | {"wmh.tsv"}
+        assert names(tmp_path / "out") == outputs_of("good") | {"wmh.tsv", "wmh.html"}
 
 
 class TestTrouble:
@@ -481,3 +520,101 @@ def test_outputs_are_not_taken_for_inputs(tmp_path: Path, run: Run) -> None:
     assert run("study", out="study/out", options=("--overwrite",)).exit_code == 0
     assert len(table(tmp_path / "study" / "out" / "wmh.tsv")) == 1
     assert Volume.read(tmp_path / "study" / "a.nii.gz").shape == head()[0].shape
+
+
+class TestPipeline:
+    """The next scan is read and the last one written while the network works."""
+
+    def test_lines_keep_the_order_of_the_scans(
+        self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save = Segmentation.save
+
+        def slow_at_first(self: Segmentation, *arguments: Any, **options: Any) -> Any:
+            if options["stem"] == "a":
+                time.sleep(0.3)
+            return save(self, *arguments, **options)
+
+        monkeypatch.setattr(Segmentation, "save", slow_at_first)
+        for name in "acd":
+            write_head(tmp_path / "study" / f"{name}.nii.gz")
+        (tmp_path / "study" / "b.nii.gz").write_text("not an image")
+        result = run("study")
+        assert result.exit_code == 1
+        lines = [line.strip() for line in result.output.splitlines()]
+        starts = [line.split(":")[0] for line in lines if ": 4.48 mL" in line or "b.nii" in line]
+        assert starts == ["a", "wmh-lora", "c", "d"]
+
+    def test_no_more_than_one_result_waits(
+        self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        alive, most = [0], [0]
+        segment, save = WMHInferenceEngine.segment, Segmentation.save
+
+        def counted(self: WMHInferenceEngine, *arguments: Any, **options: Any) -> Segmentation:
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+            return segment(self, *arguments, **options)
+
+        def slow(self: Segmentation, *arguments: Any, **options: Any) -> Any:
+            time.sleep(0.1)
+            saved = save(self, *arguments, **options)
+            alive[0] -= 1
+            return saved
+
+        monkeypatch.setattr(WMHInferenceEngine, "segment", counted)
+        monkeypatch.setattr(Segmentation, "save", slow)
+        for number in range(4):
+            write_head(tmp_path / "study" / f"{number}.nii.gz")
+        assert run("study").exit_code == 0
+        assert most == [2]
+        assert run("study", out="alone", options=("--max-memory", "8G")).exit_code == 0
+        most[0] = 0
+        assert run("study", out="again", options=("--max-memory", "8G")).exit_code == 0
+        assert most == [1]
+
+    def test_warnings_stay_with_their_scan(self, tmp_path: Path, run: Run) -> None:
+        for name in "abc":
+            volume, _ = head()
+            image = nib.nifti1.Nifti1Image(volume.data, volume.affine)
+            if name == "b":
+                image.header.set_xyzt_units("meter")
+            (tmp_path / "study").mkdir(exist_ok=True)
+            image.to_filename(tmp_path / "study" / f"{name}.nii.gz")
+        assert run("study").exit_code == 0
+        for name in "abc":
+            report = json.loads((tmp_path / "out" / f"{name}_wmh.json").read_text("utf-8"))
+            assert len(report["warnings"]) == (name == "b")
+
+    def test_speed_settings_reach_the_report(self, tmp_path: Path, run: Run) -> None:
+        write_head(tmp_path / "a.nii.gz")
+        options = ("--tta", "d4", "--no-adaptive", "--precision", "float32")
+        assert run("a.nii.gz", options=options).exit_code == 0
+        report = json.loads((tmp_path / "out" / "a_wmh.json").read_text("utf-8"))
+        assert report["settings"]["adaptive"] is False
+        assert report["settings"]["precision"] == "float32"
+
+    def test_too_little_memory_is_said(self, tmp_path: Path, run: Run) -> None:
+        write_head(tmp_path / "a.nii.gz")
+        result = run("a.nii.gz", options=("--max-memory", "10M"))
+        assert result.exit_code == 1
+        assert "within 10M of memory; it takes" in result.stderr
+        assert run("a.nii.gz", options=("--max-memory", "lots")).exit_code == 2
+
+    def test_backend_takes_the_place_of_the_network(
+        self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other = BrightnessNet()
+        asked: list[str] = []
+
+        def replaced(model: object, name: str) -> BrightnessNet:
+            asked.append(name)
+            return other
+
+        monkeypatch.setattr("wmh_lora.models.backends.with_backend", replaced)
+        write_head(tmp_path / "a.nii.gz")
+        assert run("a.nii.gz", options=("--backend", "onnxruntime")).exit_code == 0
+        assert asked == ["onnxruntime"]
+        assert other.seen_shapes
+        assert run("a.nii.gz", out="b").exit_code == 0
+        assert asked == ["onnxruntime"]

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("errors", 0),
     ("files", 0),
     ("logs", 0),
+    ("sizes", 0),
     ("assets", 0),
     ("assets.*", 0),
     ("config", 1),
@@ -32,6 +33,12 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("view", 2),
     ("preprocess*", 2),
     ("postprocess*", 2),
+    ("structures", 2),
+    ("lesion_geometry", 2),
+    ("regions", 2),
+    ("quality*", 2),
+    ("t1*", 2),
+    ("registration", 2),
     ("engine*", 4),
     ("models", 3),
     ("models.network", 2),
@@ -40,6 +47,10 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("models.weights", 3),
     ("models.model_file", 3),
     ("models.registry", 3),
+    ("models.precision", 3),
+    ("models.export_runtime", 1),
+    ("models.export*", 3),
+    ("models.backends", 3),
     ("models.*", 1),
     ("data", 3),
     ("data.dataset", 3),
@@ -47,11 +58,20 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("evaluation", 3),
     ("evaluation.cohort", 3),
     ("evaluation.*", 1),
+    ("longitudinal", 4),
+    ("longitudinal.study", 4),
+    ("longitudinal.*", 2),
+    ("comparators", 4),
+    ("comparators.*", 4),
     ("training", 4),
     ("training.losses", 2),
     ("training.*", 4),
     ("report", 4),
     ("report.*", 4),
+    ("bids", 4),
+    ("bids.names", 0),
+    ("bids.discovery", 1),
+    ("bids.*", 4),
     ("cli", 5),
     ("cli.*", 5),
     ("__main__", 6),
@@ -60,22 +80,45 @@ LAYERS: tuple[tuple[str, int], ...] = (
 
 # Top-level import names of the dependencies in pyproject.toml.
 RUNTIME_LIBRARIES = frozenset(
-    {"PIL", "click", "nibabel", "nrrd", "numpy", "rich", "safetensors", "scipy", "tomli", "torch"}
+    {
+        "PIL",
+        "click",
+        "filelock",
+        "jinja2",
+        "markupsafe",
+        "nibabel",
+        "nrrd",
+        "numpy",
+        "rich",
+        "safetensors",
+        "scipy",
+        "tomli",
+        "torch",
+    }
 )
-TRAINING_LIBRARIES = frozenset({"accelerate", "monai", "nilearn", "peft"})
+TRAINING_LIBRARIES = frozenset({"accelerate", "einops", "monai", "nilearn", "peft"})
 EVALUATION_LIBRARIES = frozenset({"matplotlib"})
+EXPORT_LIBRARIES = frozenset({"onnx", "onnxruntime", "openvino"})
+REGISTRATION_LIBRARIES = frozenset({"SimpleITK"})
+TABLE_LIBRARIES = frozenset({"pandas"})
 MAY_IMPORT_TRAINING_LIBRARIES = (
     "training.*",
     "models.lora",
     "models.peft_folder",
     "data.*",
+    "comparators.*",
     "cli.train",
     "cli.tune",
 )
 
 # Each costs seconds of start-up, or does not belong in an inference environment at all.
 NEVER_IN_INFERENCE = (
-    TRAINING_LIBRARIES | EVALUATION_LIBRARIES | {"timm", "torchvision", "transformers"}
+    TRAINING_LIBRARIES
+    | EVALUATION_LIBRARIES
+    | EXPORT_LIBRARIES
+    | REGISTRATION_LIBRARIES
+    | TABLE_LIBRARIES
+    | {"timm", "torchvision", "transformers"}
 )
 
 
@@ -224,6 +267,9 @@ def test_third_party_imports_are_declared_dependencies() -> None:
         not in RUNTIME_LIBRARIES
         | TRAINING_LIBRARIES
         | EVALUATION_LIBRARIES
+        | EXPORT_LIBRARIES
+        | REGISTRATION_LIBRARIES
+        | TABLE_LIBRARIES
         | sys.stdlib_module_names
         | {PACKAGE}
     ]

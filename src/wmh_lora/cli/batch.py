@@ -6,11 +6,13 @@ import json
 import os
 import traceback
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -19,12 +21,17 @@ from wmh_lora.errors import ConfigError, DataError
 from wmh_lora.files import find_images, image_stem, open_atomic
 
 if TYPE_CHECKING:
-    from wmh_lora.config import TtaMode
+    from wmh_lora.config import Precision, TtaMode
     from wmh_lora.engine import OutputFiles, Segmentation, WMHInferenceEngine
+    from wmh_lora.preprocess import Prepared
+    from wmh_lora.report.outputs import PageFormat
+    from wmh_lora.volume import Volume
 
 __all__ = ["Done", "Failure", "Options", "Outcome", "Plan", "Scan", "plan_scans", "run_plan"]
 
 COHORT_TABLE = "wmh.tsv"
+COHORT_PAGE = "wmh.html"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,22 @@ class Options:
     tta: TtaMode | None = None
     threshold: float | None = None
     min_voxels: int | None = None
+    adaptive: bool | None = None
+    precision: Precision | None = None
+    max_memory: str | None = None
     device: str = "auto"
+    backend: str = "torch"
+    page: PageFormat = "html"
     overwrite: bool = False
     threads: int | None = None
     debug: bool = False
     quiet: bool = False
+
+    @property
+    def inference(self) -> dict[str, Any]:
+        """Fields of `wmh_lora.config.InferenceConfig`."""
+        names = ("tta", "threshold", "min_voxels", "adaptive", "precision", "max_memory")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,11 @@ class Done:
     report: dict[str, Any]
     files: OutputFiles
 
+    @property
+    def quality(self) -> str:
+        """Verdict of the quality checks: ``pass``, ``warn`` or ``fail``."""
+        return str(self.report["quality"]["verdict"])
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -79,6 +102,16 @@ class Failure:
     name: str
     source: Path
     message: str
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A scan in memory, or why it is not."""
+
+    volume: Volume | None = None
+    prepared: Prepared | None = None  # as soon as there is an engine that knows how
+    warnings: tuple[str, ...] = ()
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +130,7 @@ class Outcome:
     done: list[Done] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     table: Path | None = None
+    page: Path | None = None
 
 
 def plan_scans(inputs: Sequence[Path]) -> Plan:
@@ -170,36 +204,95 @@ def run_plan(plan: Plan, options: Options) -> Outcome:
         return outcome
 
     from wmh_lora.report.outputs import output_folder
-    from wmh_lora.volume import Volume
 
+    if options.page == "pdf":
+        from wmh_lora.report.pdf import require_matplotlib
+
+        require_matplotlib()
     if not options.overwrite:
         _refuse_existing(plan, options)
-    engine: WMHInferenceEngine | None = None
     with output_folder(options.out_dir):
-        for number, scan in enumerate(plan.scans, start=1):
-            label = f"[{number}/{len(plan.scans)}] {scan.name}"
-            volume: Volume | None = None
-            with _failures_recorded(scan, options, outcome), _warnings_kept() as warnings:
-                volume = Volume.read(scan.source)
-            if volume is None:
-                continue
-            # Only now: a run without a readable scan need not wait for a model. Trouble with the
-            # model concerns every scan, so it ends the run.
-            engine = engine or _make_engine(options)
-            with _failures_recorded(scan, options, outcome):
-                result = _segment(engine, volume, options, label)
-                result = replace(result, warnings=(*warnings, *result.warnings))
-                outcome.done.append(_save(result, scan, options))
+        _segment_all(plan.scans, options, outcome)
         if plan.with_table and outcome.done:
             outcome.table = _write_table(plan, outcome, options)
+            if options.page == "html":
+                outcome.page = _write_page(outcome, options)
     return outcome
+
+
+def _segment_all(scans: Sequence[Scan], options: Options, outcome: Outcome) -> None:
+    """Segment scan by scan, while the next one is read and the one before is written.
+
+    Results and failures are told in the order of the scans. One scan waits on either side, and
+    none where memory is limited: each then has it to itself.
+    """
+    engine: WMHInferenceEngine | None = None
+    with ThreadPoolExecutor(2) as threads:
+
+        def aside(function: Callable[[], _T]) -> Callable[[], _T]:
+            return function if options.max_memory else threads.submit(function).result
+
+        coming = aside(partial(_read, scans[0], engine))
+        finish: Callable[[], None] | None = None
+        for number, scan in enumerate(scans, start=1):
+            read = coming()
+            if read.volume is not None and engine is None:
+                # Only now: a run without a readable scan need not wait for a model. Trouble with
+                # the model concerns every scan, so it ends the run.
+                engine = _make_engine(options)
+            if number < len(scans):
+                coming = aside(partial(_read, scans[number], engine))
+            label = f"[{number}/{len(scans)}] {scan.name}"
+            result = _segment(engine, read, options, label)
+            if finish is not None:
+                finish()
+            finish = aside(partial(_conclude, scan, result, options, outcome))
+            del read, result  # what is written need not stay
+            if options.max_memory:
+                finish()
+                finish = None
+        if finish is not None:
+            finish()
+
+
+def _read(scan: Scan, engine: WMHInferenceEngine | None) -> _Read:
+    """Read and prepare a scan; errors are kept until it is its turn."""
+    from wmh_lora.volume import Volume
+
+    try:
+        with _warnings_kept() as warnings:
+            volume = Volume.read(scan.source)
+            prepared = None if engine is None else engine.prepare(volume)
+        return _Read(volume, prepared, tuple(warnings))
+    except Exception as error:  # noqa: BLE001 -- told to the user in its turn
+        return _Read(error=error)
+
+
+def _conclude(
+    scan: Scan, result: Segmentation | Exception, options: Options, outcome: Outcome
+) -> None:
+    """Save a result, and tell it; or note what stopped a scan, foreseen or not."""
+    if not isinstance(result, Exception):
+        try:
+            outcome.done.append(_save(result, scan, options))
+        except Exception as error:  # noqa: BLE001 -- told to the user, and shown with --debug
+            result = error
+    if isinstance(result, Exception):
+        if options.debug:
+            click.echo("".join(traceback.format_exception(result)), err=True)
+        message = describe_error(result)
+        if str(scan.source) not in message:
+            message = f"{scan.source}: {message}"
+        _record(Failure(scan.name, scan.source, message), outcome)
 
 
 def _refuse_existing(plan: Plan, options: Options) -> None:
     """Find out before hours of work that its results may not be written."""
-    targets = [path for scan in plan.scans for path in _files_of(scan, options)]
+    targets = [path for scan in plan.scans for path in _files_of(scan, options).present]
     if plan.with_table:
         targets.append(options.out_dir / COHORT_TABLE)
+        if options.page == "html":
+            targets.append(options.out_dir / COHORT_PAGE)
     existing = [path for path in targets if os.path.lexists(path)]
     if existing:
         more = f" (and {len(existing) - 1} more)" if len(existing) > 1 else ""
@@ -212,7 +305,7 @@ def _refuse_existing(plan: Plan, options: Options) -> None:
 def _files_of(scan: Scan, options: Options) -> OutputFiles:
     from wmh_lora.report.outputs import output_files
 
-    return output_files(options.out_dir / scan.subfolder, scan.stem)
+    return output_files(options.out_dir / scan.subfolder, scan.stem, options.page)
 
 
 def _make_engine(options: Options) -> WMHInferenceEngine:
@@ -223,20 +316,35 @@ def _make_engine(options: Options) -> WMHInferenceEngine:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)  # first: it fails faster than a model loads
-    return WMHInferenceEngine(load_model(options.model, base_weights=options.base_weights), device)
+    model = load_model(options.model, base_weights=options.base_weights)
+    if options.backend != "torch":
+        from wmh_lora.models.backends import with_backend
+
+        model = replace(model, net=with_backend(model, options.backend))
+    engine = WMHInferenceEngine(model, device)
+    engine.settings(**options.inference)  # what cannot be used concerns every scan
+    return engine
 
 
-def _segment(engine: WMHInferenceEngine, volume: Any, options: Options, label: str) -> Segmentation:
+def _segment(
+    engine: WMHInferenceEngine | None, read: _Read, options: Options, label: str
+) -> Segmentation | Exception:
+    """Segment a scan, or return what stopped it."""
     from wmh_lora.logs import progress_bar
 
-    with progress_bar() as progress:
-        return engine.segment(
-            volume,
-            tta=options.tta,
-            threshold=options.threshold,
-            min_voxels=options.min_voxels,
-            progress=lambda done, total: progress(done, total, label),
-        )
+    if engine is None or read.volume is None:
+        return read.error or ValueError("The scan is not in memory.")
+    try:
+        with progress_bar() as progress:
+            result = engine.segment(
+                read.volume,
+                prepared=read.prepared,
+                progress=lambda done, total: progress(done, total, label),
+                **options.inference,
+            )
+    except Exception as error:  # noqa: BLE001 -- told to the user in its turn
+        return error
+    return replace(result, warnings=(*read.warnings, *result.warnings))
 
 
 def _save(result: Segmentation, scan: Scan, options: Options) -> Done:
@@ -250,6 +358,7 @@ def _save(result: Segmentation, scan: Scan, options: Options) -> Done:
         stem=scan.stem,
         overwrite=options.overwrite,
         reference=reference,
+        page=options.page,
     )
     # what was saved is what is told; volumes of a whole cohort would not fit into memory
     report = json.loads(files.report.read_text(encoding="utf-8"))
@@ -259,6 +368,10 @@ def _save(result: Segmentation, scan: Scan, options: Options) -> Done:
             f"{scan.name}: {report['wmh_volume_ml']:.2f} mL in {count} "
             f"lesion{'' if count == 1 else 's'} -> {files.mask}"
         )
+        for check in report["quality"]["checks"]:
+            if check["verdict"] != "pass":
+                text = f"{scan.name}: quality {check['verdict']}: {check['sentence']}"
+                click.echo(f"wmh-lora: {text}", err=True)
     return Done(scan, report, files)
 
 
@@ -275,23 +388,35 @@ def _write_table(plan: Plan, outcome: Outcome, options: Options) -> Path:
     return path
 
 
+def _write_page(outcome: Outcome, options: Options) -> Path:
+    from wmh_lora.report.html import CohortFailure, CohortScan, cohort_html
+
+    order = sorted(outcome.done, key=lambda done: done.scan.name)
+    scans = [
+        CohortScan(
+            done.scan.name,
+            done.report,
+            None
+            if done.files.page is None
+            else done.files.page.relative_to(options.out_dir).as_posix(),
+        )
+        for done in order
+    ]
+    # a page is passed on; where the scans lay on somebody's disk is not
+    failures = [
+        CohortFailure(entry.name, entry.message.replace(str(entry.source), entry.source.name))
+        for entry in outcome.failures
+    ]
+    path = options.out_dir / COHORT_PAGE
+    title = options.out_dir.resolve().name
+    with open_atomic(path, overwrite=options.overwrite) as stream:
+        stream.write(cohort_html(scans, failures, title=title).encode("utf-8"))
+    return path
+
+
 def _record(failure: Failure, outcome: Outcome) -> None:
     outcome.failures.append(failure)
     click.echo(f"wmh-lora: {failure.message}", err=True)
-
-
-@contextmanager
-def _failures_recorded(scan: Scan, options: Options, outcome: Outcome) -> Iterator[None]:
-    """Note what stops a scan, foreseen or not, so that the next one can be done."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 -- told to the user, and shown with --debug
-        if options.debug:
-            click.echo(traceback.format_exc(), err=True)
-        message = describe_error(error)
-        if str(scan.source) not in message:
-            message = f"{scan.source}: {message}"
-        _record(Failure(scan.name, scan.source, message), outcome)
 
 
 @contextmanager

@@ -16,7 +16,19 @@ from wmh_lora.cli.errors import describe_error, exit_code
 __all__ = ["cli", "main"]
 
 # The function of a command carries the name of its module.
-_COMMANDS = ("segment", "demo", "models", "data", "train", "tune", "evaluate")
+_COMMANDS = (
+    "segment",
+    "demo",
+    "bids",
+    "longitudinal",
+    "models",
+    "data",
+    "train",
+    "tune",
+    "evaluate",
+    "compare",
+    "export",
+)
 
 
 class _LazyGroup(click.Group):

@@ -35,6 +35,16 @@ _INFERENCE_OPTIONS = (
         help="Views averaged: 1, 4 flips, or 8 flips and turns; each costs the time of one.",
     ),
     click.option(
+        "--adaptive/--no-adaptive",
+        default=None,
+        help="Compute no slices without head, and further views only near evidence of a lesion.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        help="Of the network's products; auto takes half precision where it is faster.",
+    ),
+    click.option(
         "--threshold",
         type=click.FloatRange(0, 1, min_open=True, max_open=True),
         metavar="X",
@@ -54,10 +64,22 @@ _INFERENCE_OPTIONS = (
         help="Where the network runs; auto takes a GPU if there is one.",
     ),
     click.option(
+        "--backend",
+        type=click.Choice(["torch", "onnxruntime", "openvino"]),
+        default="torch",
+        show_default=True,
+        help="What computes the network; the others take their packages and run on the CPU.",
+    ),
+    click.option(
         "--threads",
         type=click.IntRange(min=1),
         metavar="N",
         help="CPU threads to use; all cores by default.",
+    ),
+    click.option(
+        "--max-memory",
+        metavar="SIZE",
+        help="Memory to stay within, such as 2G; no limit by default.",
     ),
 )
 
@@ -83,11 +105,26 @@ def inference_options(function: _Function) -> _Function:
     help="Folder for the results; it is made if needed.",
 )
 @inference_options
+@click.option(
+    "--report",
+    "page",
+    type=click.Choice(["html", "pdf", "none"]),
+    default="html",
+    show_default=True,
+    help="Report for a reader: a page with a slice viewer, a PDF (needs matplotlib), or none.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@click.option("--strict", is_flag=True, help="Count a scan that fails a quality check as failed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON document.")
 @click.pass_context
 def segment(
-    ctx: click.Context, /, inputs: tuple[Path, ...], out_dir: Path, as_json: bool, **settings: Any
+    ctx: click.Context,
+    /,
+    inputs: tuple[Path, ...],
+    out_dir: Path,
+    strict: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Find white matter hyperintensities in FLAIR scans.
 
@@ -100,9 +137,11 @@ def segment(
       <stem>_space-orig_label-WMH_probseg.nii.gz   their probability
       <stem>_wmh.json                              volume, lesions, settings, model
       <stem>_wmh.png                               slices with outlines
-    and, for folders or several files, wmh.tsv with one row a scan.
+      <stem>_wmh.html                              all of it on one page, with a slice viewer
+    and, for folders or several files, wmh.tsv with one row a scan and wmh.html, which links them.
 
-    Exit code: 0 all done; 1 some inputs failed, the rest are done; 2 wrong usage or settings.
+    Exit code: 0 all done; 1 some inputs failed (with --strict: or a quality check), the rest are
+    done; 2 wrong usage or settings.
     """  # noqa: D301 -- \b keeps click from joining the lines of the list
     from wmh_lora.cli.batch import Options, Outcome, plan_scans, run_plan
 
@@ -114,7 +153,11 @@ def segment(
                 {
                     "scan": done.scan.name,
                     **done.report,
-                    "outputs": {key: str(path) for key, path in done.files._asdict().items()},
+                    "outputs": {
+                        key: str(path)
+                        for key, path in done.files._asdict().items()
+                        if path is not None
+                    },
                 }
                 for done in outcome.done
             ],
@@ -123,12 +166,20 @@ def segment(
                 for failure in outcome.failures
             ],
             "table": None if outcome.table is None else str(outcome.table),
+            "page": None if outcome.page is None else str(outcome.page),
         }
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
     elif outcome.table is not None:
-        click.echo(f"{len(outcome.done)} scans -> {outcome.table}")
-    if outcome.failures:
+        shown = outcome.table if outcome.page is None else outcome.page
+        click.echo(f"{len(outcome.done)} scans -> {shown}")
+    rejected = [done for done in outcome.done if strict and done.quality == "fail"]
+    for done in rejected:
+        click.echo(
+            f"wmh-lora: {done.scan.source}: failed a quality check; its results are kept.", err=True
+        )
+    failed = len(outcome.failures) + len(rejected)
+    if failed:
         total = len(outcome.done) + len(outcome.failures)
         if total > 1:
-            click.echo(f"wmh-lora: {len(outcome.failures)} of {total} inputs failed.", err=True)
+            click.echo(f"wmh-lora: {failed} of {total} inputs failed.", err=True)
         ctx.exit(EXIT_INPUT)
