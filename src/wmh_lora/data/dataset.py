@@ -154,9 +154,9 @@ class TrainingStream:
         t1_file = None
         if real:
             image, masks, t1_file = self._real_files[rng.integers(len(self._real_files))]
-            case = augment_scan(rng, read_masks(image, masks))
+            case = augment_scan(rng, read_masks(image, masks), self.config.extracted_share)
         else:
-            case = self._synthetic_case(rng)
+            case = self.synthetic_case(rng)
         prepared = preprocess(case.volume, self.preprocess_config)
         zero = np.zeros(case.volume.shape, dtype=np.float32)
         targets = np.stack(
@@ -177,7 +177,8 @@ class TrainingStream:
                 t1[to_model_grid(case.masks["brain"], prepared) < 0.5] = 0.0
         return _Scan(prepared, targets, ignored, valid, real, t1)
 
-    def _synthetic_case(self, rng: np.random.Generator) -> Case:
+    def synthetic_case(self, rng: np.random.Generator) -> Case:
+        """Make one synthetic scan of these sources."""
         heads = self._anatomies
         if not heads or rng.random() < self.config.mni_share:
             return synthesize(rng, mni_anatomy(), self._bank)

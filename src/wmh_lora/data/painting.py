@@ -19,7 +19,7 @@ LabelArray = npt.NDArray[np.uint8]
 LESION_CONTRAST = (1.08, 2.2)
 """Brightness of lesions over the white matter around them; 1.3-1.75 is typical of real scans."""
 
-TYPICAL_LESION_CONTRAST = 1.22
+TYPICAL_LESION_CONTRAST = 1.28
 """The lowest mean brightness of one subject's lesions; single ones reach the range's end."""
 
 _FLUID = (Tissue.CSF, Tissue.VENTRICLE)

@@ -69,6 +69,9 @@ class DataConfig:
         Crops taken before a lane moves to its next scan.
     lesion_share
         Fraction of crops placed around a lesion, where there is one.
+    extracted_share
+        Fraction of the real scans with a labelled brain that are shown without the rest of the
+        head, where synthetic ones are mixed in.
     cap_reach_mm
         Distance from the labelled ventricles of ``real`` scans within which bright pixels that are
         not labelled are ignored: for masks that leave normal caps and bands out. 0 ignores none.
@@ -89,6 +92,7 @@ class DataConfig:
     real_lanes: int = 0
     crops_per_scan: int = 24
     lesion_share: float = 0.7
+    extracted_share: float = 0.5
     cap_reach_mm: float = 0.0
 
     def __post_init__(self) -> None:
@@ -97,7 +101,7 @@ class DataConfig:
                 f"data.real_lanes = {self.real_lanes} must lie between 0 and data.lanes = "
                 f"{self.lanes}."
             )
-        for name in ("background_share", "mni_share", "lesion_share"):
+        for name in ("background_share", "mni_share", "lesion_share", "extracted_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name} = {getattr(self, name)} must lie in [0, 1].")
         if bool(self.manifest) != bool(self.split):

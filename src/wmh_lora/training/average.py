@@ -1,4 +1,8 @@
-"""Moving average of the trained weights, which validation and export use."""
+"""Moving average of the trained weights, which validation and export use.
+
+Running statistics of BatchNorm are averaged with them: those of the newest weights alone would not
+fit the averaged ones.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["averaged_weights", "copy_parameters", "update_average"]
+__all__ = ["averaged_weights", "copy_state", "update_average"]
+
+_STATISTICS = ("running_mean", "running_var")
 
 
-def copy_parameters(net: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters that are trained, by name."""
-    return {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
+def copy_state(net: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters that are trained and of running statistics, by name."""
+    return {name: tensor.detach().clone() for name, tensor in _state(net).items()}
+
+
+def _state(net: nn.Module) -> dict[str, Tensor]:
+    state = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    state |= {name: b for name, b in net.named_buffers() if name.endswith(_STATISTICS)}
+    return state
 
 
 def update_average(
@@ -24,9 +36,9 @@ def update_average(
     The decay grows from 0 so that the initial weights are forgotten early in the run.
     """
     decay = min(decay, (1 + steps_done) / (10 + steps_done))
-    parameters = dict(net.named_parameters())
+    state = _state(net)
     for name, mean in average.items():
-        mean.lerp_(parameters[name].detach(), 1 - decay)
+        mean.lerp_(state[name].detach(), 1 - decay)
 
 
 @contextmanager
@@ -35,17 +47,17 @@ def averaged_weights(net: nn.Module, average: Mapping[str, Tensor]) -> Iterator[
 
     Random numbers drawn meanwhile do not move torch's global generator.
     """
-    own = copy_parameters(net) if average else {}
-    parameters = dict(net.named_parameters())
+    own = copy_state(net) if average else {}
+    state = _state(net)
     net.eval()
     try:
         with torch.no_grad():
             for name, mean in average.items():
-                parameters[name].copy_(mean)
+                state[name].copy_(mean)
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
         with torch.no_grad():
             for name, value in own.items():
-                parameters[name].copy_(value)
+                state[name].copy_(value)
         net.train()

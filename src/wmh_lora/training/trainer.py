@@ -18,7 +18,7 @@ from wmh_lora.errors import ConfigError, WMHError
 from wmh_lora.models.decoder import DecoderOutput
 from wmh_lora.models.network import WMHNet
 from wmh_lora.models.precision import fast_dtype
-from wmh_lora.training.average import averaged_weights, copy_parameters, update_average
+from wmh_lora.training.average import averaged_weights, copy_state, update_average
 from wmh_lora.training.batches import Batch, StreamLike, batch_loader
 from wmh_lora.training.checkpoint import (
     Checkpoint,
@@ -109,7 +109,7 @@ class Trainer:
         device = self.processes.device
         self.dtype = _DTYPES.get(config.precision) or fast_dtype(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.average = copy_parameters(net) if config.ema_decay > 0 else {}
+        self.average = copy_state(net) if config.ema_decay > 0 else {}
         self.steps_done = 0
         self.samples_seen = 0
         self.best_score, self.best_step = -math.inf, -1
@@ -260,7 +260,7 @@ class Trainer:
         load_trained_state(self.net, checkpoint.model, f"the checkpoint in {folder}")
         self.optimizer.load_state_dict(with_current_settings(checkpoint, self.optimizer))
         if self.average:
-            saved = checkpoint.average or copy_parameters(self.net)
+            saved = {**copy_state(self.net), **checkpoint.average}
             self.average = {
                 name: saved[name].to(mean.device) for name, mean in self.average.items()
             }
