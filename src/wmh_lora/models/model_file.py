@@ -151,9 +151,14 @@ def save_model(
 
 
 def rewrite_card(
-    path: str | Path, card: ModelCard, *, target: str | Path | None = None, overwrite: bool = False
+    path: str | Path,
+    card: ModelCard,
+    *,
+    target: str | Path | None = None,
+    overwrite: bool = False,
+    half: bool = False,
 ) -> None:
-    """Give a model file another card; its tensors stay bit for bit as they are stored.
+    """Give a model file another card; its tensors stay bit for bit, unless ``half`` is asked for.
 
     Parameters
     ----------
@@ -165,6 +170,8 @@ def rewrite_card(
         Where the result goes; by default it takes the place of the file.
     overwrite : bool
         Replace a ``target`` that exists.
+    half : bool
+        Store floating-point tensors, except running statistics, as float16.
 
     Raises
     ------
@@ -180,6 +187,8 @@ def rewrite_card(
                 f"The new card of {path} has another {name!r} than the file's tensors were "
                 "trained with; only what does not change the network's output can be rewritten."
             )
+    if half:
+        tensors = storable(tensors, target or path, half=True)
     _FILE.write(target or path, tensors, card, overwrite=overwrite or target is None)
 
 

@@ -299,6 +299,20 @@ class TestRewriteCard:
         rewrite_card(path, card, target=target, overwrite=True)
         assert read_model_card(target) == card
 
+    def test_halves_what_is_stored_but_running_statistics(
+        self, path: Path, card: ModelCard
+    ) -> None:
+        single, half = (path.with_name(f"{name}.safetensors") for name in ("single", "packed"))
+        tensors = {n: t.float() if t.is_floating_point() else t for n, t in load_file(path).items()}
+        _rewrite(path, to_dict(card), **tensors)
+        rewrite_card(path, card, target=single)
+        rewrite_card(path, card, target=half, half=True)
+        packed = load_file(half)
+        for name, tensor in load_file(single).items():
+            whole = not tensor.is_floating_point() or "running" in name
+            assert packed[name].dtype == (tensor.dtype if whole else torch.float16), name
+            torch.testing.assert_close(packed[name].to(tensor.dtype), tensor, rtol=1e-3, atol=1e-4)
+
     @pytest.mark.parametrize(
         "change",
         [

@@ -1,0 +1,46 @@
+"""Put a trained model into the package: half precision, a name, and what its card says.
+
+    python tools/package_model.py RUN/last.safetensors NAME --command TEXT --data TEXT
+        [--metric KEY=VALUE ...] [--threshold T]
+
+Figures are given by hand: they must be those that the commands of the model card print.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from wmh_lora.models.model_file import read_model_card, rewrite_card
+
+ASSETS = Path(__file__).parents[1] / "src" / "wmh_lora" / "assets"
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--command", required=True, help="How it was trained.")
+    parser.add_argument("--data", required=True, help="What it was trained on, with licences.")
+    parser.add_argument("--metric", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--threshold", type=float)
+    given = parser.parse_args()
+    card = read_model_card(given.model)
+    if given.threshold is not None:
+        card = replace(card, inference=replace(card.inference, threshold=given.threshold))
+    pairs = (pair.split("=", 1) for pair in given.metric)
+    card = replace(
+        card,
+        name=given.name,
+        licence="MIT",
+        training={"command": given.command, "data": given.data, **card.training},
+        metrics={key: float(value) for key, value in pairs},
+    )
+    target = ASSETS / f"{given.name}.safetensors"
+    rewrite_card(given.model, card, target=target, overwrite=True, half=True)
+
+
+if __name__ == "__main__":
+    main()
