@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 from wmh_lora._version import __version__
 from wmh_lora.bids.discovery import RawScan
-from wmh_lora.bids.names import DerivedFiles, derived_files
-from wmh_lora.config import InferenceConfig
+from wmh_lora.bids.names import DerivedFiles, derived_files, parse_name
+from wmh_lora.config import InferenceConfig, from_dict
 from wmh_lora.errors import ConfigError
 from wmh_lora.files import file_sha256, open_atomic
 from wmh_lora.report.html import scan_html
-from wmh_lora.report.outputs import Segmentation, saved_together
+from wmh_lora.report.saving import saved_together
+from wmh_lora.report.segmented import Reported
 from wmh_lora.volume import write_nifti
 
 __all__ = [
@@ -25,12 +26,14 @@ __all__ = [
     "dataset_description",
     "results_state",
     "save_scan",
+    "save_segmentation",
     "settings_record",
     "write_dataset_files",
 ]
 
 BIDS_VERSION = "1.10.0"
 _SOFTWARE = "WMH-LoRA"
+_RECORDED = ("threshold", "min_voxels", "tta", "adaptive", "precision")
 _OWN_FILES = ("wmh.tsv", "wmh.json", "wmh.html")
 _IGNORED = ("*_wmh.json", "*_wmh.png", "*_wmh.html", *(f"/{name}" for name in _OWN_FILES))
 
@@ -119,7 +122,7 @@ def results_state(out_dir: Path, scan: RawScan, record: Mapping[str, Any]) -> St
 
 
 def save_scan(
-    segmentation: Segmentation,
+    segmentation: Reported,
     scan: RawScan,
     out_dir: Path,
     record: Mapping[str, Any],
@@ -130,7 +133,7 @@ def save_scan(
 
     Parameters
     ----------
-    segmentation : Segmentation
+    segmentation : wmh_lora.report.outputs.Segmentation
         Of the scan.
     scan : RawScan
     out_dir : Path
@@ -170,6 +173,42 @@ def save_scan(
         ):
             path.write_text(text, encoding="utf-8")
     return report
+
+
+def save_segmentation(
+    segmentation: Reported,
+    out_dir: Path,
+    *,
+    raw_dir: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a scan of a BIDS data set; see `wmh_lora.report.outputs.Segmentation.to_bids`."""
+    source = segmentation.volume.path
+    if source is None:
+        raise ConfigError(
+            "The scan is an image in memory, so its place in a data set is not known; segment the "
+            "file of a BIDS data set, or write it with save()."
+        )
+    source = source.resolve()
+    name = parse_name(source.name)
+    depth = len(name.folder.parts)
+    root = Path(raw_dir).resolve() if raw_dir is not None else source.parents[depth]
+    if root not in source.parents or source.parent != root / name.folder:
+        raise ConfigError(
+            f"{source} does not lie in {name.folder} of the data set {root}, where BIDS keeps it; "
+            "name the data set with raw_dir, or write the results with save()."
+        )
+    settings = segmentation.settings
+    inference = from_dict(
+        InferenceConfig, {key: settings[key] for key in _RECORDED if key in settings}
+    )
+    raw = _read_sidecar(root / "dataset_description.json") or {}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_dataset_files(out_dir, root, raw)
+    scan = RawScan(root, source.relative_to(root), name)
+    record = settings_record(segmentation.model, inference)
+    save_scan(segmentation, scan, out_dir, record, overwrite=overwrite)
+    return derived_files(out_dir, name).mask
 
 
 def _sidecars(

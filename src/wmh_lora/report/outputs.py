@@ -200,6 +200,38 @@ class Segmentation:
                 partial.page.write_bytes(self._page(page, report, picture_png))
         return files
 
+    def to_bids(
+        self, out_dir: str | Path, *, raw_dir: str | Path | None = None, overwrite: bool = False
+    ) -> Path:
+        """Write the derivatives that ``wmh-lora bids`` writes, with sidecars and description.
+
+        Parameters
+        ----------
+        out_dir : path
+            Folder of the derivatives; made if it is absent.
+        raw_dir : path, optional
+            The data set that the scan belongs to; by default the folder that holds its ``sub-``
+            folder.
+        overwrite : bool
+            Replace results that are there already.
+
+        Returns
+        -------
+        Path
+            The mask.
+
+        Raises
+        ------
+        ConfigError
+            If the scan was not read from a file with a BIDS name within ``raw_dir``, or
+            ``out_dir`` holds another data set.
+        DataError
+            If results exist and ``overwrite`` is not set, or if they cannot be written.
+        """
+        from wmh_lora.bids.derivatives import save_segmentation
+
+        return save_segmentation(self, Path(out_dir), raw_dir=raw_dir, overwrite=overwrite)
+
     def _page(self, page: PageFormat, report: Mapping[str, Any], picture_png: bytes) -> bytes:
         if page == "pdf":
             from wmh_lora.report.pdf import scan_pdf

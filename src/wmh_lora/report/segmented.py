@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from wmh_lora.volume import Volume
 
-__all__ = ["Segmented"]
+__all__ = ["Reported", "Segmented"]
 
 
 class Segmented(Protocol):
@@ -42,3 +42,18 @@ class Segmented(Protocol):
 
     def picture(self) -> Any:
         """Draw the montage, a `PIL.Image.Image`."""
+
+
+class Reported(Segmented, Protocol):
+    """A segmented scan that says how it was made, and reports itself."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Threshold, smallest lesion, views and more, as used."""
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """What identifies the model."""
+
+    def report(self) -> dict[str, Any]:
+        """Return the content of ``<stem>_wmh.json``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,32 @@ def test_dataset_files_are_renewed_but_nobody_elses(tmp_path: Path) -> None:
 def test_the_data_set_itself_is_no_output_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is the data set itself"):
         write_dataset_files(tmp_path / "a" / "..", tmp_path, {})
+
+
+class TestToBids:
+    def test_writes_what_the_command_writes(self, tmp_path: Path, scan: RawScan, out: Path) -> None:
+        found = WMHInferenceEngine(MODEL, "cpu").segment(scan.source)
+        mask = found.to_bids(tmp_path / "library")
+        assert mask == derived_files(tmp_path / "library", scan.name).mask
+        for written in sorted(out.rglob("*mask.*")):
+            twin = tmp_path / "library" / written.relative_to(out)
+            assert twin.read_bytes() == written.read_bytes(), written.name
+        assert results_state(tmp_path / "library", scan, RECORD) == "finished"
+        description = json.loads((mask.parents[3] / "dataset_description.json").read_text())
+        assert description["DatasetType"] == "derivative"
+        with pytest.raises(DataError, match="overwriting"):
+            found.to_bids(tmp_path / "library")
+        assert found.to_bids(tmp_path / "library", overwrite=True) == mask
+
+    def test_says_why_a_scan_has_no_place(self, tmp_path: Path, scan: RawScan) -> None:
+        engine = WMHInferenceEngine(MODEL, "cpu")
+        loose = tmp_path / "sub-01_FLAIR.nii.gz"
+        loose.write_bytes(scan.source.read_bytes())
+        with pytest.raises(ConfigError, match="does not lie in sub-01/anat"):
+            engine.segment(loose).to_bids(tmp_path / "library")
+        with pytest.raises(ConfigError, match="raw_dir"):
+            engine.segment(scan.source).to_bids(tmp_path / "library", raw_dir=tmp_path)
+        in_memory = replace(engine.segment(scan.source).volume, path=None)
+        with pytest.raises(ConfigError, match="in memory"):
+            engine.segment(in_memory).to_bids(tmp_path / "library")
+        assert not (tmp_path / "library").exists()
