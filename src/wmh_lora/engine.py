@@ -39,6 +39,7 @@ from wmh_lora.engine_views import (
     ViewKey,
     average_views,
 )
+from wmh_lora.errors import ConfigError
 from wmh_lora.logs import collect_warnings
 from wmh_lora.models.registry import Model, load_model
 from wmh_lora.postprocess import apply_threshold, remove_small_components
@@ -63,6 +64,7 @@ def segment(
     path: Scan,
     *,
     model: str | os.PathLike[str] | Model = "default",
+    adapter: str | os.PathLike[str] | None = None,
     tta: TtaMode | None = None,
     threshold: float | None = None,
     min_voxels: int | None = None,
@@ -78,7 +80,9 @@ def segment(
         A .nii, .nii.gz, .mgz or .nrrd file, or an image in memory.
     model : str, path or Model
         See `load_model`; pass a loaded `Model` when there are many scans.
-    tta : {"none", "flip", "d4"}, optional
+    adapter : path, optional
+        File that ``wmh-lora adapt`` made of this model; a loaded `Model` has its own.
+    tta : "none", "flip" or "d4", optional
         Test-time augmentation; 1, 4 or 8 views are averaged.
     threshold : float, optional
         Voxels of at least this probability are lesion; between 0 and 1.
@@ -102,10 +106,14 @@ def segment(
     UnreadableImageError, DataError
         If the scan cannot be read or shows no head.
     ConfigError, WeightsError, DeviceError
-        If a setting, the model or the device is not available.
+        If a setting, the model or the device is not available, or the adapter belongs to another
+        model.
     """
-    loaded = model if isinstance(model, Model) else load_model(model)
-    engine = WMHInferenceEngine(loaded, device)
+    if not isinstance(model, Model):
+        model = load_model(model, adapter=adapter)
+    elif adapter is not None:
+        raise ConfigError("The model is loaded already; give its adapter to load_model.")
+    engine = WMHInferenceEngine(model, device)
     return engine.segment(
         path, progress=progress, tta=tta, threshold=threshold, min_voxels=min_voxels, **settings
     )
@@ -172,7 +180,7 @@ class WMHInferenceEngine:
         progress: ProgressCallback | None = None,
         **settings: Any,
     ) -> Segmentation:
-        """Run every step on one scan.
+        """Run every step on one scan; `segment` says which errors there are.
 
         Parameters
         ----------
@@ -184,8 +192,6 @@ class WMHInferenceEngine:
             Called with (steps done, steps in all).
         **settings
             Fields of `wmh_lora.config.InferenceConfig` by name; None leaves one to the model.
-
-        See `segment` for the errors.
         """
         config = self.settings(**settings)
         with collect_warnings() as warnings:

@@ -147,6 +147,17 @@ def test_shows_and_hides_the_overlays(page: Page) -> None:
     assert np.array_equal(canvas(page), bare)
 
 
+def test_letters_keep_off_the_edges(page: Page) -> None:
+    page.locator("#crosshair").uncheck()
+    pixels = canvas(page).max(axis=-1)[1:-1, 1:-1]  # the outermost may show the page as well
+    row, column = (n // 2 for n in pixels.shape)
+    across, down = pixels[row - 10 : row + 10], pixels[:, column - 10 : column + 10].T
+    for band in (across, down):
+        for letter, edge in ((band[:, :16], band[:, :2]), (band[:, -16:], band[:, -2:])):
+            assert letter.max() > 150
+            assert edge.max() < 60
+
+
 def test_opacity_and_window_change_the_picture(page: Page) -> None:
     page.locator("#crosshair").uncheck()
     first = canvas(page)

@@ -124,7 +124,6 @@ def test_without_simpleitk_the_message_says_what_to_install(
 
 @pytest.mark.realdata
 def test_two_real_visits(tmp_path: Path, shared_data: Path) -> None:
-    pytest.importorskip("SimpleITK")
     folder = shared_data / "ljubljana-longitudinal" / "sub-12"
     scans = [folder / f"ses-{n}" / "anat" / f"sub-12_ses-{n}_FLAIR.nii.gz" for n in (1, 2)]
     result = run(*scans, "-o", tmp_path / "out")

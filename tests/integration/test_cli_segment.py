@@ -178,8 +178,8 @@ class TestOneScan:
     ) -> None:
         asked: list[object] = []
 
-        def load(name: str, *, base_weights: Path | None = None) -> object:
-            asked.append((name, base_weights))
+        def load(name: str, *, base_weights: Path | None, adapter: Path | None) -> object:
+            asked.append((name, base_weights, adapter))
             return brightness_model()
 
         monkeypatch.setattr("wmh_lora.engine.load_model", load)
@@ -187,7 +187,7 @@ class TestOneScan:
         options = ("--model", "flair-v1", "--weights", "base.pth")
         assert run("a.nii.gz", options=options).exit_code == 0
         assert run("a.nii.gz", out="other").exit_code == 0
-        assert asked == [("flair-v1", Path("base.pth")), ("default", None)]
+        assert asked == [("flair-v1", Path("base.pth"), None), ("default", None, None)]
 
     def test_json_is_all_that_stdout_holds(self, tmp_path: Path, run: Run) -> None:
         write_head(tmp_path / "a_FLAIR.nii.gz")

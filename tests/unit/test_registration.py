@@ -20,7 +20,6 @@ def test_turn_and_shift() -> None:
 
 
 def test_a_movement_is_found_within_a_focus_alone() -> None:
-    pytest.importorskip("SimpleITK")
     one, other = coarse_visit("a", FIRST), coarse_visit("b", FIRST, MOVED, seed=2)
     middle = np.indices(one.mask.shape) - (np.array(one.mask.shape)[:, None, None, None] - 1) / 2
     brain = (np.sum((middle * 4.0 / np.array([66, 80, 58])[:, None, None, None]) ** 2, 0)) < 1

@@ -71,7 +71,6 @@ def error(
 def test_a_known_movement_is_taken_back(
     angles_deg: tuple[float, float, float], shift_mm: tuple[float, float, float]
 ) -> None:
-    pytest.importorskip("SimpleITK")
     flair = phantom("flair", (50, 60, 22), (3.5, 3.5, 6.5))
     t1 = phantom("t1", (50, 60, 48), (3.2, 3.2, 3.2))
     moved = replace(t1, affine=movement(angles_deg, shift_mm, np.zeros(3)) @ t1.affine)

@@ -41,6 +41,7 @@ class Options:
     out_dir: Path
     model: str = "default"
     base_weights: Path | None = None
+    adapter: Path | None = None
     tta: TtaMode | None = None
     threshold: float | None = None
     min_voxels: int | None = None
@@ -316,7 +317,7 @@ def _make_engine(options: Options) -> WMHInferenceEngine:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)  # first: it fails faster than a model loads
-    model = load_model(options.model, base_weights=options.base_weights)
+    model = load_model(options.model, base_weights=options.base_weights, adapter=options.adapter)
     if options.backend != "torch":
         from wmh_lora.models.backends import with_backend
 

@@ -112,17 +112,19 @@ def describe_model(options: RunOptions) -> tuple[dict[str, str], InferenceConfig
     from wmh_lora.config import InferenceConfig, from_dict
     from wmh_lora.files import file_sha256
     from wmh_lora.models.model_file import read_model_card
+    from wmh_lora.models.registry import describe_model as describe
     from wmh_lora.models.registry import model_path
+    from wmh_lora.models.site_adapter import load_adapter
 
     path = model_path(options.inference.model)
-    card = read_model_card(path)
+    card, sha256 = read_model_card(path), file_sha256(path)
+    adapter = None
+    if options.inference.adapter is not None:
+        adapter = load_adapter(options.inference.adapter)
+        adapter.require_base(path, sha256)
+        card = adapter.adapt_card(card)
     chosen = {key: value for key, value in options.inference.inference.items() if value is not None}
-    model = {
-        "name": card.name,
-        "sha256": file_sha256(path),
-        "base_encoder": card.model.encoder,
-        "base_sha256": card.base_sha256,
-    }
+    model = describe(card, sha256, adapter)
     return model, from_dict(InferenceConfig, {**asdict(card.inference), **chosen})
 
 

@@ -25,6 +25,7 @@ _COMMANDS = (
     "data",
     "train",
     "tune",
+    "adapt",
     "evaluate",
     "compare",
     "export",

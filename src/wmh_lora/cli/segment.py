@@ -30,6 +30,12 @@ _INFERENCE_OPTIONS = (
         help="Weights of the model's base encoder; the cached or installed ones by default.",
     ),
     click.option(
+        "--adapter",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="What `wmh-lora adapt` learned of the model at a site.",
+    ),
+    click.option(
         "--tta",
         type=click.Choice(["none", "flip", "d4"]),
         help="Views averaged: 1, 4 flips, or 8 flips and turns; each costs the time of one.",

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from wmh_lora.comparators.settings import Budget
@@ -161,10 +160,9 @@ def train_within(
             on_progress(min(1.0, spent.seconds / seconds))
     _save(trainer, folder, finished=True)
     if trainer.average:
-        parameters = dict(net.named_parameters())
-        with torch.no_grad():
-            for name, mean in trainer.average.items():
-                parameters[name].copy_(mean)
+        state = net.state_dict()  # the average holds running statistics as well
+        for name, mean in trainer.average.items():
+            state[name].copy_(mean)
     net.eval()
     _log.info("%s: %d steps in %.0f s, loss %.3f", folder, *vars(spent).values())
     return spent

@@ -65,7 +65,7 @@ def paint(
     texture *= uniform(rng, 0.01, 0.05) / texture.std()
     image = np.where(brain, image * (regional + texture), image)
     grey = np.isin(tissue, (Tissue.CORTEX, Tissue.LIMBIC, Tissue.CEREBELLAR_CORTEX))
-    uneven = 1.0 + uniform(rng, 0.0, 0.12) * smooth_field(rng, shape, uniform(rng, 10.0, 25.0))
+    uneven = 1.0 + uniform(rng, 0.0, 0.18) * smooth_field(rng, shape, uniform(rng, 5.0, 25.0))
     image = np.where(grey, image * uneven, image)
     _normal_rims(rng, image, tissue, distance_mm)
     _pyramidal_tract(rng, image, tissue, to_mni_mm)
@@ -91,7 +91,7 @@ def tissue_contrast(rng: np.random.Generator) -> FloatArray:
     mean[Tissue.WHITE_MATTER] = 1.0
     mean[Tissue.DEEP_GREY] = 1.0 + (cortex - 1.0) * uniform(rng, 0.1, 0.9)
     mean[Tissue.PALLIDUM] = uniform(rng, 0.75, 1.08)
-    mean[Tissue.LIMBIC] = cortex * uniform(rng, 0.98, 1.18)
+    mean[Tissue.LIMBIC] = cortex * uniform(rng, 0.98, 1.35)
     mean[Tissue.BRAINSTEM] = uniform(rng, 0.88, 1.25)
     mean[Tissue.CEREBELLAR_CORTEX] = 1.0 + (cortex - 1.0) * uniform(rng, 0.4, 1.0)
     mean[Tissue.CEREBELLAR_WHITE] = uniform(rng, 0.88, 1.1)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from wmh_lora._version import __version__
-from wmh_lora.errors import AdapterMismatchError
+from wmh_lora.errors import AdapterMismatchError, WeightsError
 from wmh_lora.files import file_sha256
 from wmh_lora.models.lora import check_tensors, extract_lora, lora_shapes, merge_lora
 from wmh_lora.models.lora_settings import LoraSettings
@@ -73,9 +73,9 @@ class AdapterCard:
     training : dict
         Seed, steps, rates and time.
     scans : tuple of dict
-        Name, ``image_sha256`` and ``mask_sha256`` of each scan that it learned from.
+        ``image_sha256`` and ``mask_sha256`` of each scan that it learned from.
     cross_validation : dict
-        Folds with their scans and Dice, and the means of base and adapter.
+        Folds with their scans (numbers from 0) and Dice, and the means of base and adapter.
     versions : mapping of str to str
         Of the programs that made it.
     package_version : str
@@ -166,8 +166,10 @@ class SiteAdapter:
 
     def adapt_card(self, card: ModelCard) -> ModelCard:
         """Return the base's card with the threshold and size that go with the adapter."""
-        chosen = {"threshold": self.card.threshold, "min_voxels": self.card.min_voxels}
-        return replace(card, inference=replace(card.inference, **chosen))  # type: ignore[arg-type]
+        inference = replace(
+            card.inference, threshold=self.card.threshold, min_voxels=self.card.min_voxels
+        )
+        return replace(card, inference=inference)
 
 
 def load_adapter(path: str | os.PathLike[str]) -> SiteAdapter:
@@ -209,7 +211,7 @@ def save_adapter(
     stored = storable(tensors, path, half=True)
     size = len(_FILE.content(stored, card))
     if size >= LARGEST_BYTES:
-        raise AdapterMismatchError(
+        raise WeightsError(
             f"The adapter would take {size} bytes, more than the {LARGEST_BYTES} that an adapter "
             f"file may have; {path} is not written. Fine-tune the whole model instead."
         )
@@ -234,7 +236,7 @@ def adapter_ranks(net: WMHNet, targets: tuple[str, ...]) -> dict[str, int]:
 
     Raises
     ------
-    AdapterMismatchError
+    WeightsError
         If decoder and channel adapter alone are too large.
     """
     own = sum(parameter.numel() for parameter in _own_parameters(net).values())
@@ -244,7 +246,7 @@ def adapter_ranks(net: WMHNet, targets: tuple[str, ...]) -> dict[str, int]:
         values = own + sum(a * b for a, b in shapes.values())
         if 2 * values + _CARD_BYTES < LARGEST_BYTES:
             return ranks
-    raise AdapterMismatchError(
+    raise WeightsError(
         f"Decoder and channel adapter of this model have {own} parameters, more than the "
         f"{LARGEST_BYTES} bytes of an adapter file hold; fine-tune the whole model instead."
     )

@@ -23,7 +23,7 @@ def copy_state(net: nn.Module) -> dict[str, Tensor]:
 
 
 def _state(net: nn.Module) -> dict[str, Tensor]:
-    state = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    state: dict[str, Tensor] = {n: p for n, p in net.named_parameters() if p.requires_grad}
     state |= {name: b for name, b in net.named_buffers() if name.endswith(_STATISTICS)}
     return state
 

@@ -34,7 +34,7 @@ from wmh_lora.training.settings import RunConfig, ValidationCase
 from wmh_lora.training.trainer import Trainer
 from wmh_lora.training.validate import Validator, validation_files
 
-__all__ = ["read_run_folder", "train", "with_split_validation"]
+__all__ = ["program_versions", "read_run_folder", "train", "with_split_validation"]
 
 _log = logging.getLogger("wmh_lora")
 
@@ -250,13 +250,7 @@ def _prepare_folder(
     _write_json(run_dir / "config.json", to_dict(config))
     _write_json(
         run_dir / "environment.json",
-        {
-            "wmh_lora": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-            "torch_threads": torch.get_num_threads(),
-        },
+        {**program_versions(), "torch_threads": torch.get_num_threads()},
     )
     parts = {"training": training_files, "validation": validation_files(config)}
     record: dict[str, Any] = {
@@ -267,6 +261,16 @@ def _prepare_folder(
         part = read_labelled(data, "train")
         record["split"] = {"manifest_sha256": part.manifest.sha256, **to_dict(part.split)}
     _write_json(run_dir / "data.json", record)
+
+
+def program_versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {
+        "wmh_lora": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _compare(before: RunConfig, now: RunConfig, run_dir: Path) -> None:

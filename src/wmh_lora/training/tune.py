@@ -41,6 +41,7 @@ __all__ = [
     "MIN_VOXELS",
     "THRESHOLDS",
     "Tuning",
+    "read_reference",
     "tune",
     "tuned_card",
 ]
@@ -218,7 +219,7 @@ class _Search:
 
     def _scan(self, case: TuningCase, levels: Sequence[float], show: MapProgress) -> _Swept:
         volume = Volume.read(case.image)
-        reference = _read_reference(case, volume)
+        reference = read_reference(case, volume)
         digest = file_sha256(case.image)
         swept = [
             sweep(probability, reference, levels, self._sizes)
@@ -238,8 +239,16 @@ class _Search:
         progress(round(1000 * share), 1000 * len(self._cases), text)
 
 
-def _read_reference(case: TuningCase, volume: Volume) -> NDArray[np.uint8]:
-    """Labels 0, 1 and 2 on the grid of the scan."""
+def read_reference(case: TuningCase, volume: Volume) -> NDArray[np.uint8]:
+    """Read labels 0, 1 and 2 on the grid of the scan.
+
+    Raises
+    ------
+    GridMismatchError
+        If scan and reference have other shapes.
+    DataError
+        If the reference holds other values.
+    """
     if case.reference is None:
         return np.zeros(volume.shape, dtype=np.uint8)
     data = Volume.read(case.reference, allow_constant=True).data

@@ -18,7 +18,6 @@ EXPECTED = ["stable", "grown", "shrunk", "vanished", "new"]
 
 @pytest.fixture(scope="module")
 def moved() -> FollowUp:
-    pytest.importorskip("SimpleITK")
     return compare_visits([visit("a", FIRST), visit("b", SECOND, MOVED, seed=2)])
 
 
@@ -73,7 +72,6 @@ def test_swapped_visits_give_the_opposite(moved: FollowUp) -> None:
 
 @pytest.mark.slow
 def test_identical_scans_do_not_change() -> None:
-    pytest.importorskip("SimpleITK")
     one = visit("a", FIRST)
     result = compare_visits([one, replace(one, name="b")])
     assert result.totals[0].change_ml == 0.0
@@ -94,7 +92,6 @@ def test_other_voxels_and_axes_give_the_same_changes() -> None:
         axes=(2, 0, 1),
         flips=(-1.0, 1.0, -1.0),
     )
-    pytest.importorskip("SimpleITK")
     result = compare_visits([visit("a", FIRST), second])
     assert kinds_at(result, dict.fromkeys(ALL, 0.0)) == EXPECTED
     found = result.alignment.to_visit[1] @ np.linalg.inv(result.alignment.to_visit[0])

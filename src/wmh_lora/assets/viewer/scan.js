@@ -82,6 +82,7 @@
     });
     find("stage").hidden = false;
     await viewer.attachToCanvas(canvas);
+    insetLetters();
     for (const [name, map] of Object.entries(COLOURS)) viewer.addColormap(name, map);
     for (const layer of scene.layers) viewer.addVolume(await volumeOf(NVImage, layer));
     viewer.onLocationChange = showPlace;
@@ -89,6 +90,16 @@
     resetView();
     find("fallback").remove();
     document.documentElement.dataset.viewer = "ready";
+  }
+
+  // NiiVue writes the letters of the directions flush with the edges, where they look cut off.
+  function insetLetters() {
+    const inset = 4 * window.devicePixelRatio;
+    for (const [side, dx, dy] of [["Above", 0, -1], ["Left", -1, 0], ["Right", 1, 0]]) {
+      const name = "drawText" + side;
+      const draw = viewer[name].bind(viewer);
+      viewer[name] = ([x, y], ...rest) => draw([x + inset * dx, y + inset * dy], ...rest);
+    }
   }
 
   const plane = () => document.querySelector("input[name=plane]:checked").value;
