@@ -30,6 +30,7 @@ from wmh_lora.models import registry
 from wmh_lora.models.base_weights import WebSource
 from wmh_lora.models.model_file import ModelCard, save_model
 from wmh_lora.models.network import build_network
+from wmh_lora.models.registry import DEFAULT_MODEL
 from wmh_lora.models.weights import BASE_WEIGHTS, resolve_base_weights
 from wmh_lora.volume import Volume
 
@@ -111,12 +112,12 @@ class TestModelNames:
     @pytest.fixture
     def assets(self, tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(registry, "_ASSETS", tmp_path)
-        (tmp_path / "flair-v1.safetensors").write_bytes(model_file.read_bytes())
+        (tmp_path / f"{DEFAULT_MODEL}.safetensors").write_bytes(model_file.read_bytes())
         return tmp_path
 
     def test_default_and_names(self, assets: Path) -> None:
-        assert registry.model_path() == assets / "flair-v1.safetensors"
-        assert registry.model_path("flair-v1") == registry.model_path("default")
+        assert registry.model_path() == assets / f"{DEFAULT_MODEL}.safetensors"
+        assert registry.model_path(DEFAULT_MODEL) == registry.model_path("default")
         assert registry.load_model().sha256 == file_sha256(registry.model_path())
 
     def test_a_path(self, assets: Path, model_file: Path) -> None:
@@ -124,7 +125,7 @@ class TestModelNames:
 
     @pytest.mark.parametrize("name", ["flair-v9", "some/file.safetensors"])
     def test_unknown(self, assets: Path, name: str) -> None:
-        with pytest.raises(ConfigError, match="known names are default, flair-v1"):
+        with pytest.raises(ConfigError, match=f"known names are default, {DEFAULT_MODEL}"):
             registry.model_path(name)
 
     def test_a_package_without_its_model(
@@ -145,7 +146,8 @@ class TestModelNames:
     def test_list(self, assets: Path) -> None:
         result = CliRunner().invoke(cli, ["models", "list"])
         assert result.exit_code == 0, result.output
-        assert "flair-v1 (default): on litemedsam, threshold 0.1, licence MIT" in result.stdout
+        line = f"{DEFAULT_MODEL} (default): on litemedsam, threshold 0.1, licence MIT"
+        assert line in result.stdout
         document = json.loads(CliRunner().invoke(cli, ["models", "list", "--json"]).stdout)
         assert document["models"][0]["metrics"] == {"dice": 0.0}
         assert document["base_weights"][0]["name"] == "litemedsam"

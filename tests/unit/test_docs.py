@@ -30,10 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("interfaces/*.md")])
 SLOW = ("docs/export.md", "docs/longitudinal.md")  # four exports; a registration
 EXPORTS = {
-    "onnx": "flair-v1.onnx",
-    "openvino": "flair-v1.xml",
-    "torchscript": "flair-v1.ts",
-    "monai-bundle": "flair-v1",
+    "onnx": "wmh.onnx",
+    "openvino": "wmh.xml",
+    "torchscript": "wmh.ts",
+    "monai-bundle": "wmh-bundle",
 }
 
 

@@ -68,7 +68,7 @@ class ModelCard:
     Attributes
     ----------
     name : str
-        Name of the model, e.g. ``"flair-v1"``.
+        Name of the model, e.g. ``"flair-compact-v1"``.
     model : ModelConfig
         What the network is built from, the base encoder's name included.
     preprocess : PreprocessConfig

@@ -23,7 +23,7 @@ __all__ = [
     "packaged_models",
 ]
 
-DEFAULT_MODEL = "flair-v1"
+DEFAULT_MODEL = "flair-compact-v1"
 """The packaged model that ``"default"`` stands for."""
 
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -55,7 +55,7 @@ class Model:
 
     @property
     def name(self) -> str:
-        """Name of the model, for example ``flair-v1``, and of its adapter."""
+        """Name of the model, for example ``flair-compact-v1``, and of its adapter."""
         return self.describe()["name"]
 
     @property
