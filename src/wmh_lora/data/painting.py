@@ -65,7 +65,7 @@ def paint(
     texture *= uniform(rng, 0.01, 0.05) / texture.std()
     image = np.where(brain, image * (regional + texture), image)
     grey = np.isin(tissue, (Tissue.CORTEX, Tissue.LIMBIC, Tissue.CEREBELLAR_CORTEX))
-    uneven = 1.0 + uniform(rng, 0.0, 0.18) * smooth_field(rng, shape, uniform(rng, 5.0, 25.0))
+    uneven = 1.0 + uniform(rng, 0.0, 0.18) * smooth_field(rng, shape, uniform(rng, 10.0, 25.0))
     image = np.where(grey, image * uneven, image)
     _normal_rims(rng, image, tissue, distance_mm)
     _pyramidal_tract(rng, image, tissue, to_mni_mm)
