@@ -1,7 +1,9 @@
 """Put a trained model into the package: half precision, a name, and what its card says.
 
     python tools/package_model.py RUN/last.safetensors NAME --command TEXT --data TEXT
-        [--metric KEY=VALUE ...] [--threshold T]
+        [--metric KEY=VALUE ...] [--set SETTING=VALUE ...]
+
+``--set`` changes settings of inference, such as ``threshold=0.5`` or ``planes=all``.
 
 Figures are given by hand: they must be those that the commands of the model card print.
 """
@@ -12,7 +14,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from wmh_lora.config import InferenceConfig, from_dict, to_dict
 from wmh_lora.models.model_file import read_model_card, rewrite_card
+from wmh_lora.training.settings import apply_overrides
 
 ASSETS = Path(__file__).parents[1] / "src" / "wmh_lora" / "assets"
 
@@ -25,11 +29,13 @@ def main() -> None:
     parser.add_argument("--command", required=True, help="How it was trained.")
     parser.add_argument("--data", required=True, help="What it was trained on, with licences.")
     parser.add_argument("--metric", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--threshold", type=float)
+    parser.add_argument("--set", action="append", default=[], dest="settings")
     given = parser.parse_args()
     card = read_model_card(given.model)
-    if given.threshold is not None:
-        card = replace(card, inference=replace(card.inference, threshold=given.threshold))
+    table = apply_overrides(
+        {"inference": to_dict(card.inference)}, [f"inference.{s}" for s in given.settings]
+    )
+    card = replace(card, inference=from_dict(InferenceConfig, table["inference"]))
     pairs = (pair.split("=", 1) for pair in given.metric)
     card = replace(
         card,

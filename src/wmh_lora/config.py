@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 TtaMode = Literal["none", "flip", "d4"]
+PlaneMode = Literal["one", "all"]
 TTA_MODES: tuple[TtaMode, ...] = ("none", "flip", "d4")
 Precision = Literal["auto", "float32", "bfloat16"]
 Adaptation = Literal["lora", "frozen", "full"]
@@ -183,8 +184,14 @@ class InferenceConfig:
         the value chosen on its validation scans.
     min_voxels : int
         26-connected components with fewer voxels are removed.
+    min_peak : float
+        Components whose highest probability stays below it are removed, in [0, 1]: a threshold that
+        outlines lesions well also lets much through that is nowhere like a lesion. 0 removes none.
     tta : {"none", "flip", "d4"}
         Views averaged: 1, the 4 flips, or the 8 of the dihedral group.
+    planes : {"one", "all"}
+        ``"all"`` averages axial, coronal and sagittal slices of scans that are as fine in each;
+        others, and all with ``"one"``, are seen in one plane.
     batch_size : int
         Slices sent through the network at once. Changes memory and speed, not results.
     adaptive : bool
@@ -201,7 +208,9 @@ class InferenceConfig:
 
     threshold: float = 0.5
     min_voxels: int = 3
+    min_peak: float = 0.0
     tta: TtaMode = "none"
+    planes: PlaneMode = "one"
     batch_size: int = 2
     adaptive: bool = True
     precision: Precision = "float32"
@@ -210,7 +219,10 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         _require(0.0 < self.threshold < 1.0, "threshold", "between 0 and 1", self.threshold)
         _require(self.min_voxels >= 0, "min_voxels", "zero or more", self.min_voxels)
+        _require(0.0 <= self.min_peak <= 1.0, "min_peak", "between 0 and 1", self.min_peak)
         _require(self.tta in TTA_MODES, "tta", f"one of {', '.join(TTA_MODES)}", self.tta)
+        known = typing.get_args(PlaneMode)
+        _require(self.planes in known, "planes", " or ".join(known), self.planes)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         known = typing.get_args(Precision)
         _require(self.precision in known, "precision", " or ".join(known), self.precision)

@@ -21,6 +21,7 @@ from torch import nn
 from wmh_lora.config import InferenceConfig, PreprocessConfig, TtaMode, from_dict
 from wmh_lora.engine_device import NetworkOnDevice, choose_device, choose_dtype, device_errors
 from wmh_lora.engine_memory import ScanSize, batch_within
+from wmh_lora.engine_planes import Stack, average_planes, whole_stack
 from wmh_lora.engine_scan import (
     Scan,
     ScanMaps,
@@ -32,6 +33,7 @@ from wmh_lora.engine_scan import (
 )
 from wmh_lora.engine_views import (
     VIEWS,
+    JoinedProgress,
     Look,
     ProgressCallback,
     Seen,
@@ -208,7 +210,9 @@ class WMHInferenceEngine:
             settings={
                 "threshold": config.threshold,
                 "min_voxels": config.min_voxels,
+                "min_peak": config.min_peak,
                 "tta": config.tta,
+                "planes": config.planes,
                 "adaptive": config.adaptive,
                 "precision": str(choose_dtype(self.device, config.precision)).split(".")[-1],
                 "device": str(self.device),
@@ -351,24 +355,34 @@ class WMHInferenceEngine:
         """Maps (S, H, W) on the network's grid."""
         views = VIEWS[config.tta]
         batch_size = config.batch_size
+        planes = 3 if config.planes == "all" and prepared.view.is_isotropic else 1
         if config.max_memory is not None:
-            scan = ScanSize.of(prepared, views=len(views))
+            scan = ScanSize.of(prepared, views=len(views), planes=planes)
             batch_size = batch_within(config.max_memory, scan, self._encoder, batch_size)
-        return average_views(
-            self._look(prepared, choose_dtype(self.device, config.precision)),
-            (len(prepared.slices), *prepared.slices.shape[1:]),
-            views,
-            batch_size,
-            shown=prepared.shows_head if config.adaptive else None,
-            reach=prepared.context_offset if config.adaptive else None,
-            progress=progress,
-        )
+        dtype = choose_dtype(self.device, config.precision)
+        steps = None if progress is None else JoinedProgress(progress, planes)
 
-    def _look(self, prepared: Prepared, dtype: torch.dtype) -> Look:
-        """Make what shows batches of a scan to the network."""
+        def see(stack: Stack, shown: NDArray[np.bool_] | None) -> SliceMaps:
+            return average_views(
+                self._look(stack, dtype),
+                (len(stack.slices), *stack.slices.shape[1:]),
+                views,
+                batch_size,
+                shown=shown if config.adaptive else None,
+                reach=stack.context_offset if config.adaptive else None,
+                progress=None if steps is None else steps.part(),
+            )
+
+        first = see(whole_stack(prepared), prepared.shows_head)
+        if planes == 1:
+            return first
+        return average_planes(prepared, first, see, evidence_only=config.adaptive)
+
+    def _look(self, stack: Stack, dtype: torch.dtype) -> Look:
+        """Make what shows batches of slices to the network."""
 
         def look(indices: Sequence[int], view: ViewKey) -> Seen:
-            return self._network.see(context_stack(prepared, indices), view, dtype)
+            return self._network.see(context_stack(stack, indices), view, dtype)
 
         return look
 

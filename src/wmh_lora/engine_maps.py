@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from wmh_lora._version import __version__
 from wmh_lora.config import TtaMode, to_dict
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.engine_device import choose_device, choose_dtype
+from wmh_lora.engine_planes import Stack
 from wmh_lora.engine_views import Look, Seen, ViewKey
 from wmh_lora.errors import DataError
 from wmh_lora.files import image_stem, open_atomic, write_failure
 from wmh_lora.logs import LOGGER
 from wmh_lora.models.model_file import read_model_card, weights_sha256
 from wmh_lora.models.registry import load_model
-from wmh_lora.preprocess import PREPROCESS_VERSION, Prepared
+from wmh_lora.preprocess import PREPROCESS_VERSION
 from wmh_lora.volume import Volume
 
 __all__ = ["MapProgress", "ProbabilityMaps"]
@@ -90,6 +91,7 @@ class ProbabilityMaps:
             "model": to_dict(card.model),
             "preprocess": to_dict(card.preprocess),
             "device": self._device.type,
+            "planes": card.inference.planes,
             "shortcuts": [
                 card.inference.adaptive,
                 str(choose_dtype(self._device, card.inference.precision)),
@@ -154,20 +156,22 @@ class _EachViewOnce(WMHInferenceEngine):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._kept: dict[tuple[ViewKey, int], Map] = {}
+        self._kept: dict[tuple[Hashable, ...], Map] = {}
 
     def start_scan(self) -> None:
         """Drop the views of the scan before."""
         self._kept.clear()
 
-    def _look(self, prepared: Prepared, dtype: torch.dtype) -> Look:
-        look = super()._look(prepared, dtype)
+    def _look(self, stack: Stack, dtype: torch.dtype) -> Look:
+        look = super()._look(stack, dtype)
 
         def look_once(indices: Sequence[int], view: ViewKey) -> Seen:
-            if any((view, index) not in self._kept for index in indices):
+            # where a further plane is cut depends on what all views of the first have found
+            key = (stack.plane, stack.slices.shape[1:], stack.rows, stack.columns, view)
+            if any((*key, index) not in self._kept for index in indices):
                 for index, part in zip(indices, look(indices, view).lesion, strict=True):
-                    self._kept[view, index] = part
-            return Seen(np.stack([self._kept[view, index] for index in indices]))
+                    self._kept[(*key, index)] = part
+            return Seen(np.stack([self._kept[(*key, index)] for index in indices]))
 
         return look_once
 

@@ -40,28 +40,35 @@ class ScanSize:
         Slices on the network's grid, and pixels of each.
     views : int
         In which a slice is seen.
+    planes : int
+        In which the scan is seen.
     """
 
     voxels: int
     slices: int
     pixels: int
     views: int
+    planes: int = 1
 
     @classmethod
-    def of(cls, prepared: Prepared, views: int) -> ScanSize:
+    def of(cls, prepared: Prepared, views: int, planes: int = 1) -> ScanSize:
         """Take the sizes of a prepared scan."""
         slices, height, width = prepared.slices.shape
-        return cls(math.prod(prepared.view.shape_native), slices, height * width, views)
+        return cls(math.prod(prepared.view.shape_native), slices, height * width, views, planes)
 
     @property
     def grid_bytes(self) -> int:
-        """Maps on the network's grid: probability, two structures in a byte each, deviation."""
-        return (6 if self.views == 1 else 10) * self.slices * self.pixels
+        """Maps on the network's grid: probability, two structures in a byte each, deviation.
+
+        Of several planes, also three sums, the turned slices and what was found in them.
+        """
+        a_pixel = (6 if self.views == 1 else 10) + (0 if self.planes == 1 else 40)
+        return a_pixel * self.slices * self.pixels
 
     @property
     def native_bytes(self) -> int:
         """Maps on the scan's grid, three masks among them, and room for comparisons."""
-        return (9 if self.views == 1 else 13) * self.voxels
+        return (9 if self.views * self.planes == 1 else 13) * self.voxels
 
 
 def batch_within(max_memory: str, scan: ScanSize, encoder: str, wanted: int) -> int:

@@ -15,12 +15,7 @@ from numpy.typing import NDArray
 from wmh_lora.config import InferenceConfig
 from wmh_lora.engine_views import STRUCTURE_LEVEL, SliceMaps
 from wmh_lora.logs import LOGGER
-from wmh_lora.postprocess import (
-    Lesion,
-    apply_threshold,
-    describe_lesions,
-    remove_small_components,
-)
+from wmh_lora.postprocess import Lesion, describe_lesions, lesion_mask
 from wmh_lora.preprocess import Prepared, restore, restore_mask
 from wmh_lora.volume import Volume
 
@@ -80,19 +75,9 @@ def maps_on_scan(maps: SliceMaps, prepared: Prepared, *, structures: bool = True
 def find_lesions(
     probability: NDArray[np.float32], volume: Volume, config: InferenceConfig
 ) -> tuple[NDArray[np.uint8], tuple[Lesion, ...]]:
-    """Make the mask and list its lesions; components are labelled within their bounds alone."""
-    mask = apply_threshold(probability, config.threshold)
-    bounds = []
-    for axis in range(3):
-        present = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        if present.size == 0:
-            return mask, ()
-        bounds.append(slice(int(present[0]), int(present[-1]) + 1))
-    box = tuple(bounds)
-    mask[box] = remove_small_components(mask[box], config.min_voxels)
-    affine = volume.affine.copy()
-    affine[:3, 3] += affine[:3, :3] @ [along.start for along in bounds]
-    return mask, tuple(describe_lesions(mask[box], affine))
+    """Make the mask and list its lesions."""
+    mask = lesion_mask(probability, config.threshold, config.min_voxels, config.min_peak)
+    return mask, tuple(describe_lesions(mask, volume.affine))
 
 
 def as_volume(scan: Scan) -> Volume:

@@ -21,6 +21,7 @@ __all__ = [
     "EVIDENCE",
     "STRUCTURE_LEVEL",
     "VIEWS",
+    "JoinedProgress",
     "Look",
     "ProgressCallback",
     "Seen",
@@ -196,6 +197,37 @@ def average_views(
 def _batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
     for start in range(0, len(indices), size):
         yield list(indices[start : start + size])
+
+
+class JoinedProgress:
+    """Tells of several runs of `average_views` as of one.
+
+    Parameters
+    ----------
+    progress : callable
+        Called with the steps of all runs; before a run has begun, it counts as much as the first.
+    runs : int
+        How many there will be.
+    """
+
+    def __init__(self, progress: ProgressCallback, runs: int) -> None:
+        self._progress, self._runs = progress, runs
+        self._parts: list[tuple[int, int]] = []
+
+    def part(self) -> ProgressCallback:
+        """Return the callback of the next run."""
+        self._parts.append((0, 0))
+        number = len(self._parts) - 1
+
+        def tell(done: int, total: int) -> None:
+            self._parts[number] = done, total
+            coming = (self._runs - len(self._parts)) * self._parts[0][1]
+            self._progress(
+                sum(done for done, _ in self._parts),
+                sum(total for _, total in self._parts) + coming,
+            )
+
+        return tell
 
 
 class _Steps:

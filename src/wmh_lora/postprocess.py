@@ -21,6 +21,8 @@ __all__ = [
     "apply_threshold",
     "describe_lesions",
     "label_lesions",
+    "lesion_mask",
+    "remove_faint_components",
     "remove_small_components",
 ]
 
@@ -96,6 +98,37 @@ def apply_threshold(probability: NDArray[Any], threshold: float) -> NDArray[np.u
     return np.asarray(probability >= level, dtype=np.uint8)
 
 
+def lesion_mask(
+    probability: NDArray[Any], threshold: float, min_voxels: int = 0, min_peak: float = 0.0
+) -> NDArray[np.uint8]:
+    """Make the mask of a probability map: threshold, then what is too faint or too small.
+
+    Parameters
+    ----------
+    probability : array (I, J, K)
+        Values in [0, 1]; NaN counts as background.
+    threshold, min_voxels, min_peak
+        See `apply_threshold`, `remove_small_components` and `remove_faint_components`.
+
+    Returns
+    -------
+    uint8 array (I, J, K)
+        1 lesion, 0 background.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is out of range.
+    """
+    mask = apply_threshold(probability, threshold)
+    if not mask.any():
+        return mask
+    box = _bounds(mask)  # most of a scan is empty
+    found = remove_faint_components(mask[box], probability[box], min_peak)
+    mask[box] = remove_small_components(found, min_voxels)
+    return mask
+
+
 def remove_small_components(mask: NDArray[Any], min_voxels: int) -> NDArray[np.uint8]:
     """Remove the 26-connected components that have fewer than ``min_voxels`` voxels.
 
@@ -122,6 +155,47 @@ def remove_small_components(mask: NDArray[Any], min_voxels: int) -> NDArray[np.u
         return np.asarray(foreground, dtype=np.uint8)
     labels, _ = ndimage.label(foreground, structure=_FULL_CONNECTIVITY)
     keep = np.bincount(labels.ravel()) >= min_voxels
+    keep[0] = False
+    return np.asarray(keep[labels], dtype=np.uint8)
+
+
+def remove_faint_components(
+    mask: NDArray[Any], probability: NDArray[Any], min_peak: float
+) -> NDArray[np.uint8]:
+    """Remove the 26-connected components in which no voxel reaches a probability.
+
+    Parameters
+    ----------
+    mask : array (I, J, K)
+        Non-zero is foreground.
+    probability : array (I, J, K)
+        Values in [0, 1].
+    min_peak : float
+        Highest probability from which a component is kept; 0 keeps all.
+
+    Returns
+    -------
+    uint8 array (I, J, K)
+
+    Raises
+    ------
+    ConfigError
+        If ``min_peak`` lies outside [0, 1].
+
+    Examples
+    --------
+    >>> remove_faint_components([[[1, 1, 0, 1]]], np.array([[[0.6, 0.9, 0.1, 0.7]]]), 0.8)
+    array([[[1, 1, 0, 0]]], dtype=uint8)
+    """
+    if not 0.0 <= min_peak <= 1.0:
+        raise ConfigError(f"The peak of a lesion must lie between 0 and 1, found {min_peak}.")
+    foreground = np.asarray(mask) != 0
+    if min_peak == 0:
+        return np.asarray(foreground, dtype=np.uint8)
+    labels, count = ndimage.label(foreground, structure=_FULL_CONNECTIVITY)
+    keep = np.zeros(count + 1, dtype=np.bool_)
+    level = np.asarray(min_peak, dtype=probability.dtype)
+    keep[np.unique(labels[foreground & (probability >= level)])] = True
     keep[0] = False
     return np.asarray(keep[labels], dtype=np.uint8)
 
@@ -174,10 +248,12 @@ def label_lesions(
     """
     if mask.ndim != 3:
         raise DataError(f"A lesion mask must be a 3-D array, found shape {mask.shape}.")
-    labels, count = ndimage.label(np.asarray(mask) != 0, structure=_FULL_CONNECTIVITY)
-    labels = np.asarray(labels, dtype=np.int32)
-    if count == 0:
+    foreground = np.asarray(mask) != 0
+    labels = np.zeros(foreground.shape, dtype=np.int32)
+    if not foreground.any():
         return labels, []
+    box = _bounds(foreground)
+    count = ndimage.label(foreground[box], structure=_FULL_CONNECTIVITY, output=labels[box])
     affine = np.asarray(affine, dtype=np.float64)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000.0
@@ -205,6 +281,15 @@ def label_lesions(
         )
     labels[indices] = rank_of[owner + 1]
     return labels, lesions
+
+
+def _bounds(mask: NDArray[Any]) -> tuple[slice, ...]:
+    """Smallest box around a mask that is not empty."""
+    bounds = []
+    for axis in range(mask.ndim):
+        present = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
+        bounds.append(slice(int(present[0]), int(present[-1]) + 1))
+    return tuple(bounds)
 
 
 def _axes_by_direction(affine: NDArray[np.float64]) -> list[int]:

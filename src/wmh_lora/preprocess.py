@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,7 @@ from wmh_lora.preprocess_head import (
     landmarks,
     shows_head,
 )
-from wmh_lora.view import View, choose_view, resampling_matrix, superior_axis
+from wmh_lora.view import Plane, View, choose_view, resampling_matrix, superior_axis
 from wmh_lora.volume import Volume
 
 FloatArray = npt.NDArray[np.float32]
@@ -74,7 +75,7 @@ class Prepared:
     shows_head: BoolArray | None = None
 
 
-def preprocess(volume: Volume, config: PreprocessConfig) -> Prepared:
+def preprocess(volume: Volume, config: PreprocessConfig, plane: Plane | None = None) -> Prepared:
     """Bring a scan to the network's grid and intensity scale.
 
     Parameters
@@ -83,6 +84,8 @@ def preprocess(volume: Volume, config: PreprocessConfig) -> Prepared:
         Any orientation and voxel size; NaN and infinities count as background.
     config
         Pixel size, context distance and margins, in mm.
+    plane
+        Of the slices; see `wmh_lora.view.choose_view` for the default.
 
     Returns
     -------
@@ -94,7 +97,7 @@ def preprocess(volume: Volume, config: PreprocessConfig) -> Prepared:
     DataError
         If no tissue can be told from background.
     """
-    view = choose_view(volume, config.pixel_size_mm)
+    view = choose_view(volume, config.pixel_size_mm, plane)
     scan = np.asarray(view.to_view(volume.data), dtype=np.float32)
     background = find_background(scan)
     coarse, coarse_spacing = coarse_scan(scan, background, view.spacing_mm)
@@ -108,16 +111,28 @@ def preprocess(volume: Volume, config: PreprocessConfig) -> Prepared:
     rows, columns = (resampling_matrix(view.field(a), view.window(a)) for a in (1, 2))
     slices = np.empty((last - first, len(rows), len(columns)), np.float32)
     for out, index in zip(slices, range(first, last), strict=True):
-        plane = np.where(background[index], floor, scan[index])
-        plane = np.clip((plane - floor) * gain, 0.0, 1.0).astype(np.float32)
-        np.matmul(rows @ plane, columns.T, out=out)
+        picture = np.where(background[index], floor, scan[index])
+        picture = np.clip((picture - floor) * gain, 0.0, 1.0).astype(np.float32)
+        np.matmul(rows @ picture, columns.T, out=out)
     offset = max(1, round(config.context_mm / view.spacing_mm[0]))
     near = shows_head(view, head, coarse_spacing)
     return Prepared(slices, offset, view, floor, white_matter, config, near)
 
 
+class SliceStack(Protocol):
+    """Slices with the distance of the neighbours that are shown beside each."""
+
+    @property
+    def slices(self) -> FloatArray:
+        """Return (S, H, W) float32 in [0, 1]."""
+
+    @property
+    def context_offset(self) -> int:
+        """Return the distance in slices."""
+
+
 def context_stack(
-    prepared: Prepared,
+    prepared: SliceStack,
     indices: Sequence[int],
     channels: int = 3,
     *,
@@ -128,7 +143,7 @@ def context_stack(
     Parameters
     ----------
     prepared
-        A preprocessed scan.
+        A preprocessed scan, or its slices in another plane.
     indices
         Slices to show, length B.
     channels

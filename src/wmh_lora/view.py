@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,27 @@ from nibabel.orientations import io_orientation
 
 from wmh_lora.volume import Volume
 
-__all__ = ["Axis", "View", "choose_view", "resampling_matrix", "superior_axis"]
+__all__ = [
+    "PLANES",
+    "Axis",
+    "Plane",
+    "View",
+    "choose_view",
+    "resampling_matrix",
+    "superior_axis",
+    "turn_planes",
+]
+
+Plane = Literal["axial", "coronal", "sagittal"]
+PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
+
+# World axis (right, anterior, superior) along slices, rows and columns. Slices ascend; rows descend
+# from anterior or superior, columns from the right or anterior.
+_WORLD_AXES: Mapping[Plane, tuple[int, int, int]] = {
+    "axial": (2, 1, 0),
+    "coronal": (1, 2, 0),
+    "sagittal": (0, 2, 1),
+}
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 _THICK_RATIO = 1.5
@@ -52,6 +73,8 @@ class View:
         picture is zero.
     pixel_size_mm
         The model's in-plane pixel size.
+    plane
+        Of the slices.
     """
 
     shape_native: tuple[int, int, int]
@@ -59,6 +82,7 @@ class View:
     flips: tuple[bool, bool, bool]
     spacing_mm: tuple[float, float, float]
     pixel_size_mm: float
+    plane: Plane
     slices: tuple[int, int] = (0, 0)
     rows: tuple[int, int] = (0, 0)
     columns: tuple[int, int] = (0, 0)
@@ -68,6 +92,11 @@ class View:
         """Shape (slices, rows, columns) of the whole, uncropped view at native resolution."""
         i, j, k = (self.shape_native[axis] for axis in self.axes)
         return i, j, k
+
+    @property
+    def is_isotropic(self) -> bool:
+        """Whether other planes show as much as this one to a network of this pixel size."""
+        return max(self.spacing_mm) < _THICK_RATIO * self.pixel_size_mm
 
     def field(self, axis: int) -> Axis:
         """Return the native voxels along rows (1) or columns (2)."""
@@ -84,32 +113,58 @@ class View:
         return np.transpose(native, self.axes)[flip]
 
 
-def choose_view(volume: Volume, pixel_size_mm: float) -> View:
+def choose_view(volume: Volume, pixel_size_mm: float, plane: Plane | None = None) -> View:
     """Choose the slice plane and the flips that show a scan in radiological convention.
 
-    Slices are axial unless the voxels are at least 1.5 times longer along another axis: the
-    network then looks at the plane that was acquired in fine detail.
+    Parameters
+    ----------
+    volume
+        Any orientation and voxel size.
+    pixel_size_mm
+        The model's in-plane pixel size.
+    plane
+        Plane of the slices. By default axial, unless the voxels are at least 1.5 times longer along
+        another axis: the network then looks at the plane that was acquired in fine detail.
     """
     orientation = io_orientation(volume.affine)
     native_of = [int(np.flatnonzero(orientation[:, 0] == world)[0]) for world in range(3)]
     spacing = [volume.spacing_mm[axis] for axis in native_of]  # along R, A, S
-    slice_world = 2
+    slice_world = 2 if plane is None else 2 - PLANES.index(plane)
     thickest = int(np.argmax(spacing))
     others = [s for i, s in enumerate(spacing) if i != thickest]
-    if spacing[thickest] >= _THICK_RATIO * max(others):
+    if plane is None and spacing[thickest] >= _THICK_RATIO * max(others):
         slice_world = thickest
-    # rows and columns: axial shows (A, R), coronal (S, R), sagittal (S, A)
-    row_world, column_world = {2: (1, 0), 1: (2, 0), 0: (2, 1)}[slice_world]
-    worlds = (slice_world, row_world, column_world)
+    worlds = _WORLD_AXES[PLANES[2 - slice_world]]
     increasing = [orientation[native_of[w], 1] > 0 for w in worlds]
     return View(
+        plane=PLANES[2 - slice_world],
         shape_native=volume.shape,
         axes=(native_of[worlds[0]], native_of[worlds[1]], native_of[worlds[2]]),
-        # slices ascend; rows descend from anterior or superior, columns from the right or anterior
         flips=(not increasing[0], increasing[1], increasing[2]),
         spacing_mm=(spacing[worlds[0]], spacing[worlds[1]], spacing[worlds[2]]),
         pixel_size_mm=pixel_size_mm,
     )
+
+
+def turn_planes(stack: npt.NDArray[_Scalar], shown: Plane, wanted: Plane) -> npt.NDArray[_Scalar]:
+    """Show a stack (S, H, W) of one plane as a stack of another, without a copy.
+
+    Examples
+    --------
+    >>> axial = np.arange(24).reshape(2, 3, 4)
+    >>> turn_planes(axial, "axial", "coronal").shape
+    (3, 2, 4)
+    >>> np.array_equal(
+    ...     turn_planes(turn_planes(axial, "axial", "coronal"), "coronal", "axial"), axial
+    ... )
+    True
+    """
+    axes = [_WORLD_AXES[shown].index(world) for world in _WORLD_AXES[wanted]]
+    # only the first axis ascends: one that becomes first, or was it, is reversed
+    turned = np.transpose(stack, axes)
+    return turned[
+        tuple(slice(None, None, -1 if (i == 0) != (a == 0) else 1) for i, a in enumerate(axes))
+    ]
 
 
 def superior_axis(volume: Volume) -> int:

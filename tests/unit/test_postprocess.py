@@ -13,6 +13,8 @@ from wmh_lora.postprocess import (
     apply_threshold,
     describe_lesions,
     label_lesions,
+    lesion_mask,
+    remove_faint_components,
     remove_small_components,
 )
 
@@ -129,3 +131,31 @@ class TestLesionTable:
                     assert ours.voxels == theirs.voxels
                     assert ours.centroid_mm == pytest.approx(theirs.centroid_mm)
                     assert ours.extent_mm == pytest.approx(theirs.extent_mm)
+
+
+class TestLesionMask:
+    PROBABILITY = np.zeros((6, 5, 4), np.float32)
+    PROBABILITY[0, 0, :3] = 0.7
+    PROBABILITY[2, 2, :4] = (0.6, 0.95, 0.6, 0.5)
+    PROBABILITY[5, 4, 3] = 0.99
+
+    def test_keeps_what_has_a_peak_and_a_size(self) -> None:
+        found = lesion_mask(self.PROBABILITY, 0.55, min_voxels=2, min_peak=0.9)
+        assert np.argwhere(found).tolist() == [[2, 2, 0], [2, 2, 1], [2, 2, 2]]
+
+    def test_is_the_steps_one_by_one(self) -> None:
+        rng = np.random.default_rng(0)
+        probability = rng.random((12, 13, 9), np.float32) ** 4
+        for threshold, size, peak in ((0.3, 3, 0.0), (0.3, 3, 0.8), (0.5, 1, 0.99), (0.9, 5, 0.5)):
+            whole = remove_small_components(
+                remove_faint_components(apply_threshold(probability, threshold), probability, peak),
+                size,
+            )
+            np.testing.assert_array_equal(lesion_mask(probability, threshold, size, peak), whole)
+
+    def test_nothing_is_nothing(self) -> None:
+        assert not lesion_mask(np.zeros((3, 3, 3), np.float32), 0.5, 3, 0.5).any()
+
+    def test_refuses_a_peak_that_is_no_probability(self) -> None:
+        with pytest.raises(ConfigError, match=r"between 0 and 1, found 1\.5"):
+            remove_faint_components(np.ones((2, 2, 2)), np.ones((2, 2, 2)), 1.5)

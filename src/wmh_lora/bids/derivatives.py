@@ -33,7 +33,7 @@ __all__ = [
 
 BIDS_VERSION = "1.10.0"
 _SOFTWARE = "WMH-LoRA"
-_RECORDED = ("threshold", "min_voxels", "tta", "adaptive", "precision")
+_RECORDED = ("threshold", "min_voxels", "min_peak", "tta", "planes", "adaptive", "precision")
 _OWN_FILES = ("wmh.tsv", "wmh.json", "wmh.html")
 _IGNORED = ("*_wmh.json", "*_wmh.png", "*_wmh.html", *(f"/{name}" for name in _OWN_FILES))
 
@@ -78,7 +78,9 @@ def settings_record(model: Mapping[str, str], inference: InferenceConfig) -> dic
     return {
         "Threshold": inference.threshold,
         "MinimumLesionVoxels": inference.min_voxels,
+        "MinimumLesionPeakProbability": inference.min_peak,
         "TestTimeAugmentation": inference.tta,
+        "Planes": inference.planes,
         "Adaptive": inference.adaptive,
         "Precision": inference.precision,
         "Model": {

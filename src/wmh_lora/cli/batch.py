@@ -21,7 +21,7 @@ from wmh_lora.errors import ConfigError, DataError
 from wmh_lora.files import find_images, image_stem, open_atomic
 
 if TYPE_CHECKING:
-    from wmh_lora.config import Precision, TtaMode
+    from wmh_lora.config import PlaneMode, Precision, TtaMode
     from wmh_lora.engine import OutputFiles, Segmentation, WMHInferenceEngine
     from wmh_lora.preprocess import Prepared
     from wmh_lora.report.outputs import PageFormat
@@ -43,8 +43,10 @@ class Options:
     base_weights: Path | None = None
     adapter: Path | None = None
     tta: TtaMode | None = None
+    planes: PlaneMode | None = None
     threshold: float | None = None
     min_voxels: int | None = None
+    min_peak: float | None = None
     adaptive: bool | None = None
     precision: Precision | None = None
     max_memory: str | None = None
@@ -59,7 +61,16 @@ class Options:
     @property
     def inference(self) -> dict[str, Any]:
         """Fields of `wmh_lora.config.InferenceConfig`."""
-        names = ("tta", "threshold", "min_voxels", "adaptive", "precision", "max_memory")
+        names = (
+            "tta",
+            "planes",
+            "threshold",
+            "min_voxels",
+            "min_peak",
+            "adaptive",
+            "precision",
+            "max_memory",
+        )
         return {name: getattr(self, name) for name in names}
 
 

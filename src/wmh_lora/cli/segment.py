@@ -41,6 +41,11 @@ _INFERENCE_OPTIONS = (
         help="Views averaged: 1, 4 flips, or 8 flips and turns; each costs the time of one.",
     ),
     click.option(
+        "--planes",
+        type=click.Choice(["one", "all"]),
+        help="all: average three planes of scans that are as fine in each; longer, more reliable.",
+    ),
+    click.option(
         "--adaptive/--no-adaptive",
         default=None,
         help="Compute no slices without head, and further views only near evidence of a lesion.",
@@ -61,6 +66,12 @@ _INFERENCE_OPTIONS = (
         type=click.IntRange(min=0),
         metavar="N",
         help="Smallest lesion kept, in voxels of the scan.",
+    ),
+    click.option(
+        "--min-peak",
+        type=click.FloatRange(0, 1),
+        metavar="X",
+        help="Lesions whose highest probability is lower are left out.",
     ),
     click.option(
         "--device",

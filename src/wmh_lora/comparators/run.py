@@ -34,7 +34,7 @@ from wmh_lora.errors import ConfigError
 from wmh_lora.evaluation.cohort import evaluate_pair
 from wmh_lora.files import open_atomic
 from wmh_lora.logs import LOGGER
-from wmh_lora.postprocess import apply_threshold, remove_small_components
+from wmh_lora.postprocess import lesion_mask
 from wmh_lora.training.records import finite
 from wmh_lora.training.tune import tune
 from wmh_lora.training.tune_cases import TuningCase
@@ -153,7 +153,7 @@ class Comparison:
         started = now()
         probability = fitted.predict(volume, t1)
         seconds = now() - started
-        mask = remove_small_components(apply_threshold(probability, threshold), min_voxels)
+        mask = lesion_mask(probability, threshold, min_voxels)
         place = Path("masks", name, f"{scan.name}_mask.nii.gz")
         (self.out_dir / place).parent.mkdir(parents=True, exist_ok=True)
         write_nifti(self.out_dir / place, mask, volume, overwrite=True)

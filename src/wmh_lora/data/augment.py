@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
-def augment_scan(rng: np.random.Generator, case: Case, extracted_share: float = 0.5) -> Case:
-    """Vary a real scan as a whole: coil sensitivity, noise, curve, clipping, brain extraction.
+def augment_scan(rng: np.random.Generator, case: Case, *, extracted: bool = False) -> Case:
+    """Vary a real scan as a whole: coil sensitivity, noise, curve, clipping.
 
-    The last, where the brain is labelled, in that share of the draws.
+    If it is to be ``extracted``, its labelled brain alone remains, tight or generous.
     """
     image = case.volume.data
     shape = case.volume.shape
@@ -36,7 +36,7 @@ def augment_scan(rng: np.random.Generator, case: Case, extracted_share: float = 
         unit = ndimage.gaussian_filter(unit, sigma)
     unit = np.clip(unit, 0.0, uniform(rng, 0.5, 1.0) if rng.random() < 0.3 else None)
     unit = unit ** np.exp(rng.normal(0.0, 0.2))
-    if "brain" in case.masks and rng.random() < extracted_share:
+    if extracted:
         brain = case.masks["brain"] > 0
         in_plane = np.array(case.volume.spacing_mm) < 2.0
         disc = ndimage.generate_binary_structure(3, 1) & ~_off_plane(in_plane)

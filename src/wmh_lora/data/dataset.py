@@ -41,6 +41,7 @@ from wmh_lora.preprocess import (
     to_model_grid,
 )
 from wmh_lora.t1 import prepare_t1
+from wmh_lora.view import Plane, choose_view
 from wmh_lora.volume import Volume
 
 __all__ = ["DataConfig", "TrainingStream", "build_stream"]
@@ -151,20 +152,22 @@ class TrainingStream:
     def _make_scan(self, rng: np.random.Generator, lane: int) -> _Scan:
         # real lanes are spread evenly, so that every batch has its share
         real = lane * self.config.real_lanes % self.config.lanes < self.config.real_lanes
-        t1_file = None
+        t1_file, extracted = None, False
         if real:
             image, masks, t1_file = self._real_files[rng.integers(len(self._real_files))]
-            case = augment_scan(rng, read_masks(image, masks), self.config.extracted_share)
+            case = read_masks(image, masks)
+            extracted = "brain" in case.masks and rng.random() < self.config.extracted_share
+            case = augment_scan(rng, case, extracted=extracted)
         else:
             case = self.synthetic_case(rng)
-        prepared = preprocess(case.volume, self.preprocess_config)
+        prepared = preprocess(case.volume, self.preprocess_config, self._plane(rng, case.volume))
         zero = np.zeros(case.volume.shape, dtype=np.float32)
         targets = np.stack(
             [to_model_grid(case.masks.get(name, zero), prepared) for name in self.structures]
         )
         valid = np.array([name in case.masks for name in self.structures])
         ignored = to_model_grid(case.masks.get(IGNORED, zero), prepared)
-        if real and self.config.cap_reach_mm and "ventricles" in case.masks:
+        if extracted and self.config.cap_reach_mm and "ventricles" in case.masks:
             ventricles = to_model_grid(case.masks["ventricles"], prepared)
             lesion = targets[self.structures.index("wmh")]
             caps = possible_caps(prepared, ventricles, self.config.cap_reach_mm)
@@ -176,6 +179,17 @@ class TrainingStream:
             if "brain" in case.masks and rng.spawn(1)[0].random() < 0.5:
                 t1[to_model_grid(case.masks["brain"], prepared) < 0.5] = 0.0
         return _Scan(prepared, targets, ignored, valid, real, t1)
+
+    def _plane(self, rng: np.random.Generator, volume: Volume) -> Plane | None:
+        """Now and then another plane than the usual, where the scan is as fine in it."""
+        share = self.config.other_planes_share
+        pixel_size_mm = self.preprocess_config.pixel_size_mm
+        if not share or not choose_view(volume, pixel_size_mm).is_isotropic:
+            return None
+        draws = rng.spawn(1)[0]  # of its own: the scan stays as it is
+        if draws.random() >= share:
+            return None
+        return "coronal" if draws.random() < 0.5 else "sagittal"
 
     def synthetic_case(self, rng: np.random.Generator) -> Case:
         """Make one synthetic scan of these sources."""

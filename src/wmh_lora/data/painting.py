@@ -7,6 +7,8 @@ the tissue around them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
@@ -69,6 +71,8 @@ def paint(
     image = np.where(grey, image * uneven, image)
     _normal_rims(rng, image, tissue, distance_mm)
     _pyramidal_tract(rng, image, tissue, to_mni_mm)
+    # draws of its own: other things of a seeded scan stay as they were
+    _bright_cortex(rng.spawn(1)[0], image, tissue, to_mni_mm)
     _septum(rng, image, tissue, distance_mm)
     _look_alikes_in_fluid(rng, image, tissue)
     _outside_the_brain(rng, image, tissue)
@@ -129,7 +133,39 @@ def _pyramidal_tract(
     """Brighten both pyramidal tracts a little, as at high field: normal, hence never labelled."""
     if rng.random() < 0.5:
         return
-    points = np.array(_PYRAMIDAL_TRACT_MM, dtype=np.float32)
+    profile = _along(_PYRAMIDAL_TRACT_MM, uniform(rng, 3.0, 6.0), tissue, to_mni_mm)
+    hosts = np.isin(tissue, (Tissue.WHITE_MATTER, Tissue.BRAINSTEM))
+    image += np.where(hosts, uniform(rng, 0.03, 0.22) * profile, 0.0)
+
+
+_BRIGHT_CORTEX_MM = (
+    ((34, 20, 0), (38, 6, 2), (38, -8, 6), (36, -20, 12)),  # insula
+    ((6, 36, 8), (6, 22, 30), (6, -10, 40), (6, -40, 32), (10, -48, 10)),  # cingulate gyrus
+    ((20, -6, -20), (28, -22, -14), (28, -34, -6), (20, -40, 4)),  # hippocampus, up to its tail
+)
+"""Course on the right side in MNI space of cortex that FLAIR shows brighter than the rest."""
+
+
+def _bright_cortex(
+    rng: np.random.Generator, image: FloatArray, tissue: LabelArray, to_mni_mm: FloatArray
+) -> None:
+    """Brighten the insula, the cingulate gyrus and the hippocampus: normal, never labelled."""
+    grey = np.isin(tissue, (Tissue.CORTEX, Tissue.LIMBIC))
+    for course_mm in _BRIGHT_CORTEX_MM:
+        strength, width_mm = uniform(rng, -0.1, 0.3), uniform(rng, 7.0, 13.0)
+        if strength > 0:
+            profile = _along(course_mm, width_mm, tissue, to_mni_mm)
+            image += np.where(grey, strength * profile, 0.0)
+
+
+def _along(
+    course_mm: Sequence[tuple[int, int, int]],
+    width_mm: float,
+    tissue: LabelArray,
+    to_mni_mm: FloatArray,
+) -> FloatArray:
+    """Return (X, Y, Z) a profile of this width about a course through MNI space, on both sides."""
+    points = np.array(course_mm, dtype=np.float32)
     steps = np.linspace(0.0, len(points) - 1.0, 24)
     course = np.stack([np.interp(steps, np.arange(len(points)), c) for c in points.T])
     place = to_mni_mm.copy()
@@ -137,10 +173,7 @@ def _pyramidal_tract(
     gap = place[..., None] - course[:, None, None, None]
     coarse_mm = np.sqrt((gap**2).sum(axis=0).min(axis=-1)).astype(np.float32)
     shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
-    width_mm = uniform(rng, 3.0, 6.0)
-    profile = np.exp(-((upsample(coarse_mm, shape) / width_mm) ** 2))
-    hosts = np.isin(tissue, (Tissue.WHITE_MATTER, Tissue.BRAINSTEM))
-    image += np.where(hosts, uniform(rng, 0.03, 0.22) * profile, 0.0)
+    return np.asarray(np.exp(-((upsample(coarse_mm, shape) / width_mm) ** 2)), dtype=np.float32)
 
 
 def _septum(

@@ -72,9 +72,14 @@ class DataConfig:
     extracted_share
         Fraction of the real scans with a labelled brain that are shown without the rest of the
         head, where synthetic ones are mixed in.
+    other_planes_share
+        Fraction of the scans with equal voxel sizes that are shown in coronal or sagittal slices,
+        for models that look at such scans in all three planes.
     cap_reach_mm
-        Distance from the labelled ventricles of ``real`` scans within which bright pixels that are
-        not labelled are ignored: for masks that leave normal caps and bands out. 0 ignores none.
+        Distance from the labelled ventricles of real scans within which bright pixels that are not
+        labelled are ignored where the scan is shown without the rest of the head: for masks that
+        leave normal caps and bands out, which is to be learned of whole scans of their scanner, and
+        not of all scans. 0 ignores none.
     """
 
     root: str = ""
@@ -93,6 +98,7 @@ class DataConfig:
     crops_per_scan: int = 24
     lesion_share: float = 0.7
     extracted_share: float = 0.5
+    other_planes_share: float = 0.0
     cap_reach_mm: float = 0.0
 
     def __post_init__(self) -> None:
@@ -101,7 +107,8 @@ class DataConfig:
                 f"data.real_lanes = {self.real_lanes} must lie between 0 and data.lanes = "
                 f"{self.lanes}."
             )
-        for name in ("background_share", "mni_share", "lesion_share", "extracted_share"):
+        shares = ("background_share", "mni_share", "lesion_share", "extracted_share")
+        for name in (*shares, "other_planes_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name} = {getattr(self, name)} must lie in [0, 1].")
         if bool(self.manifest) != bool(self.split):

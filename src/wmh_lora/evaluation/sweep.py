@@ -37,11 +37,14 @@ def sweep(
     reference: NDArray[Any],
     thresholds: Sequence[float],
     min_voxels: Sequence[int],
+    *,
+    min_peak: float = 0.0,
 ) -> dict[str, FloatArray]:
     """Score the masks of one probability map for all thresholds and smallest component sizes.
 
     A mask holds the voxels of at least the threshold whose 26-connected component has at least so
-    many voxels; it is then scored as by `wmh_lora.evaluation.metrics.evaluate`.
+    many voxels and reaches ``min_peak``; it is then scored as by
+    `wmh_lora.evaluation.metrics.evaluate`.
 
     Parameters
     ----------
@@ -53,6 +56,8 @@ def sweep(
         In (0, 1).
     min_voxels : sequence of S ints
         0 and 1 keep all.
+    min_peak : float
+        Components whose highest probability stays below it are left out of every mask.
 
     Returns
     -------
@@ -79,7 +84,9 @@ def sweep(
     box = _box(within | lesions)
     scan = _Reference(lesions[box], (within & ~counted)[box])
     sizes = np.maximum(np.asarray(min_voxels, dtype=np.int64), 1)
-    rows = [_at_threshold(probability[box] >= level, scan, sizes) for level in levels]
+    shown = probability[box]
+    peaks = shown >= np.asarray(min_peak, dtype=probability.dtype)
+    rows = [_at_threshold(shown >= level, peaks, scan, sizes) for level in levels]
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
@@ -95,11 +102,12 @@ class _Reference:
 
 
 def _at_threshold(
-    found: BoolArray, reference: _Reference, sizes: IntArray
+    found: BoolArray, peaks: BoolArray, reference: _Reference, sizes: IntArray
 ) -> dict[str, FloatArray]:
-    """Measures (S,) of the mask ``found``, filtered by each size."""
+    """Measures (S,) of the components of ``found`` that hold one of the peaks, for each size."""
     labels, count = label_lesions(found)
     voxels = np.bincount(labels.ravel(), minlength=count + 1)
+    voxels[np.bincount(labels[peaks], minlength=count + 1) == 0] = 0
     voxels[0] = 0
     touching = labels[reference.lesions]
     hits = np.bincount(touching, minlength=count + 1)

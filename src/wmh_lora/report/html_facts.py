@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
+from wmh_lora.postprocess import lesion_mask
 from wmh_lora.report.segmented import Segmented
 
 __all__ = [
@@ -152,14 +153,15 @@ def key_figures(segmentation: Segmented, report: Mapping[str, Any]) -> tuple[Fig
 
 
 def _volume(segmentation: Segmented, report: Mapping[str, Any]) -> Figure:
-    threshold = float(report["settings"]["threshold"])
-    probability = segmentation.probability
+    settings = report["settings"]
+    threshold = float(settings["threshold"])
+    smallest, peak = int(settings["min_voxels"]), float(settings.get("min_peak", 0.0))
     voxel_ml = segmentation.volume.voxel_volume_ml
     parts = []
     for level in (threshold - _THRESHOLD_STEP, threshold + _THRESHOLD_STEP):
         if 0.0 < level < 1.0:
-            volume = int((probability >= probability.dtype.type(level)).sum()) * voxel_ml
-            parts.append(f"{volume:.2f} mL at {level:.2f}")
+            mask = lesion_mask(segmentation.probability, level, smallest, peak)
+            parts.append(f"{int(mask.sum()) * voxel_ml:.2f} mL at {level:.2f}")
     return Figure(
         "WMH volume",
         f"{report['wmh_volume_ml']:.2f}",
@@ -262,6 +264,8 @@ def _model(report: Mapping[str, Any]) -> str:
 def _views(settings: Mapping[str, Any]) -> str:
     views = str(settings.get("tta", "unknown views"))
     text = _VIEWS.get(views, views)
+    if settings.get("planes") == "all":
+        text = f"{text}, in all planes of isotropic scans"
     # slices without evidence of a lesion were then seen in one view
     return f"{text}, adaptive" if settings.get("adaptive") and views != "none" else text
 
@@ -277,6 +281,7 @@ def setting_rows(report: Mapping[str, Any], analysed_on: date) -> list[tuple[str
         ("Software", f"{report['software']['name']} {report['software']['version']}"),
         ("Threshold", f"{settings['threshold']:g}"),
         ("Smallest lesion", f"{settings['min_voxels']} voxels"),
+        ("Lesions reach a probability of", f"{settings.get('min_peak', 0):g}"),
         ("Views averaged", _views(settings)),
         ("Device", str(settings.get("device", "unknown"))),
         ("Grid", f"{_times(grid['shape'])} voxels, {grid['orientation']}"),

@@ -29,6 +29,7 @@ class SettingGrid:
     """
 
     def __init__(self, present: InferenceConfig) -> None:
+        self._min_peak = present.min_peak
         self.levels = sorted({*THRESHOLDS, present.threshold})
         self.sizes = sorted({*MIN_VOXELS, present.min_voxels})
         self.settings = tuple(
@@ -40,7 +41,8 @@ class SettingGrid:
 
     def dice(self, probability: NDArray[np.float32], reference: NDArray[np.uint8]) -> FloatArray:
         """Dice (G,) of one scan whose reference holds a lesion."""
-        return sweep(probability, reference, self.levels, self.sizes)["dice"].ravel()
+        swept = sweep(probability, reference, self.levels, self.sizes, min_peak=self._min_peak)
+        return swept["dice"].ravel()
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def tune(
     for level, size in product(levels, sizes):
         replace(present, threshold=level, min_voxels=size)  # refuses what is out of range
     modes = [mode for mode in TTA_MODES if mode in views]
-    search = _Search(cases, maps, modes, sizes)
+    search = _Search(cases, maps, modes, sizes, present.min_peak)
     scans = search.sweep(levels, progress)
     result = _choose(measure(METRICS[metric]), scans, (modes, levels, sizes), present)
     if thresholds:
@@ -208,8 +208,10 @@ class _Search:
         maps: ProbabilityMaps,
         modes: Sequence[TtaMode],
         sizes: Sequence[int],
+        min_peak: float,
     ) -> None:
         self._cases, self._maps, self._modes, self._sizes = cases, maps, modes, sizes
+        self._min_peak = min_peak
 
     def sweep(self, levels: Sequence[float], progress: Progress | None) -> list[_Swept]:
         return [
@@ -222,7 +224,7 @@ class _Search:
         reference = read_reference(case, volume)
         digest = file_sha256(case.image)
         swept = [
-            sweep(probability, reference, levels, self._sizes)
+            sweep(probability, reference, levels, self._sizes, min_peak=self._min_peak)
             for _, probability in self._maps.of(volume, digest, self._modes, show)
         ]
         stacked = {key: np.stack([one[key] for one in swept]) for key in swept[0]}

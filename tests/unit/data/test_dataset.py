@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -152,12 +153,11 @@ def test_scan_augmentation_keeps_the_grid_and_the_labels() -> None:
     brain = np.zeros(data.shape, dtype=np.float32)
     brain[8:32, 8:36, 1:5] = 1.0
     case = Case(Volume(data, np.diag([0.9, 0.9, 7.0, 1.0])), {"brain": brain})
-    stripped = 0
-    for seed in range(20):
-        varied = augment_scan(np.random.default_rng(seed), case)
+    for seed, extracted in itertools.product(range(10), (False, True)):
+        varied = augment_scan(np.random.default_rng(seed), case, extracted=extracted)
         assert varied.volume.shape == data.shape
         np.testing.assert_array_equal(varied.volume.affine, case.volume.affine)
         np.testing.assert_array_equal(varied.masks["brain"], brain)
         assert np.isfinite(varied.volume.data).all()
-        stripped += bool((varied.volume.data[:4] == 0).all())
-    assert 3 <= stripped <= 17
+        assert bool((varied.volume.data[:4] == 0).all()) == extracted
+        assert varied.volume.data[16:24, 16:24, 2:4].mean() > 0

@@ -14,7 +14,7 @@ from scipy import ndimage
 from wmh_lora.errors import GridMismatchError
 from wmh_lora.evaluation.metrics import evaluate
 from wmh_lora.evaluation.sweep import SWEPT_MEASURES, sweep
-from wmh_lora.postprocess import apply_threshold, remove_small_components
+from wmh_lora.postprocess import lesion_mask
 
 THRESHOLDS = (0.1, 0.35, 0.5, 0.6, 0.9)
 SIZES = (0, 1, 2, 3, 6, 40)
@@ -33,13 +33,13 @@ def _scan(seed: int, other: bool) -> tuple[NDArray[np.float32], NDArray[np.uint8
 
 
 @settings(max_examples=8)
-@given(seed=st.integers(0, 10_000), other=st.booleans())
-def test_equals_mask_by_mask_scoring(seed: int, other: bool) -> None:
+@given(seed=st.integers(0, 10_000), other=st.booleans(), peak=st.sampled_from([0.0, 0.7, 0.95]))
+def test_equals_mask_by_mask_scoring(seed: int, other: bool, peak: float) -> None:
     probability, labels = _scan(seed, other)
-    swept = sweep(probability, labels, THRESHOLDS, SIZES)
+    swept = sweep(probability, labels, THRESHOLDS, SIZES, min_peak=peak)
     for row, threshold in enumerate(THRESHOLDS):
         for column, size in enumerate(SIZES):
-            mask = remove_small_components(apply_threshold(probability, threshold), size)
+            mask = lesion_mask(probability, threshold, size, peak)
             expected = evaluate(labels, mask, (1.0, 1.0, 1.0)).to_dict()
             for key in SWEPT_MEASURES:
                 assert swept[key][row, column] == pytest.approx(expected[key], nan_ok=True), key

@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.processes import fresh_python
 from wmh_lora.config import InferenceConfig, ModelConfig, PreprocessConfig, to_dict
-from wmh_lora.errors import AdapterMismatchError, DataError, WeightsError
+from wmh_lora.errors import AdapterMismatchError, ConfigError, DataError, WeightsError
 from wmh_lora.models.lora import extract_lora, load_lora_into_peft
 from wmh_lora.models.model_file import (
     METADATA_KEY,
@@ -25,6 +25,7 @@ from wmh_lora.models.model_file import (
     load_network,
     load_trained_parts,
     read_model_card,
+    rescale_logits,
     rewrite_card,
     save_model,
     weights_sha256,
@@ -338,3 +339,22 @@ class TestRewriteCard:
         changed.view(-1)[0] += 1
         _rewrite(path, to_dict(card), **{name: changed})
         assert weights_sha256(path) != checksum
+
+
+def test_logits_of_one_structure_are_rescaled(tmp_path: Path, card: ModelCard) -> None:
+    config = ModelConfig(
+        "compact", "full", decoder_channels=(16, 8, 8, 8), structures=("wmh", "brain")
+    )
+    net = build_network(config, None, for_training=True, seed=5).eval()
+    path, target = tmp_path / "model.safetensors", tmp_path / "calibrated.safetensors"
+    save_model(path, net, dataclasses.replace(card, model=config))
+    rescale_logits(path, target, "wmh", temperature=1.7, shift=-0.4)
+    slices = torch.rand(1, 3, 16, 24)
+    with torch.inference_mode():
+        before, after = (load_network(file)[0](slices) for file in (path, target))
+    torch.testing.assert_close(after[:, 0], before[:, 0] / 1.7 - 0.4, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after[:, 1], before[:, 1])
+    assert read_model_card(target) == read_model_card(path)
+    for structure, temperature in (("tumour", 1.0), ("wmh", 0.0)):
+        with pytest.raises(ConfigError, match="structures"):
+            rescale_logits(path, target, structure, temperature=temperature, shift=0.0)

@@ -193,7 +193,7 @@ def test_the_card_says_what_was_done(tmp_path: Path) -> None:
     found = tuned_card(card, tuning)
     setting = tuning.setting
     assert found.inference == InferenceConfig(
-        setting.threshold, setting.min_voxels, setting.tta, batch_size=7
+        setting.threshold, setting.min_voxels, tta=setting.tta, batch_size=7
     )
     assert found.training["data"] == "phantoms"
     assert found.training["tuning"]["subjects"] == 3

@@ -1,0 +1,190 @@
+"""Planes are turned as a scan is viewed, and their answers are averaged where they belong."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tests.phantoms import brightness_model
+from wmh_lora.config import PreprocessConfig
+from wmh_lora.engine import WMHInferenceEngine
+from wmh_lora.engine_planes import Stack, average_planes, whole_stack
+from wmh_lora.engine_views import SliceMaps
+from wmh_lora.models.registry import Model
+from wmh_lora.preprocess import preprocess
+from wmh_lora.view import PLANES, Plane, choose_view, turn_planes
+from wmh_lora.volume import Volume
+
+CONFIG = PreprocessConfig(pixel_size_mm=3.0, margin_mm=6.0, multiple_px=8)
+LESIONS = (
+    (slice(22, 27), slice(30, 35), slice(24, 29)),
+    (slice(34, 37), slice(20, 23), slice(12, 15)),
+)
+
+
+def isotropic_head(spacing_mm: tuple[float, float, float] = (3.0, 3.0, 3.0)) -> Volume:
+    """An ellipsoid with a dark core and two lesions, of other extents along every axis."""
+    shape = tuple(round(length / step) for length, step in zip((180, 210, 165), spacing_mm))
+    x, y, z = np.meshgrid(*(np.linspace(-1.2, 1.2, n) for n in shape), indexing="ij")
+    data = np.where(x**2 + y**2 + z**2 < 1.0, 300.0, 0.0)
+    data[(np.abs(x) < 0.15) & (np.abs(y) < 0.35) & (np.abs(z) < 0.3)] = 60.0
+    if spacing_mm == (3.0, 3.0, 3.0):
+        for box in LESIONS:
+            data[box] = 640.0
+    noise = np.random.default_rng(0).normal(0.0, 4.0, shape)
+    return Volume((data + noise).astype(np.float32), np.diag([*spacing_mm, 1.0]))
+
+
+def bright(slices: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What a network would say that looks at single pixels."""
+    return np.asarray(1.0 / (1.0 + np.exp(-40.0 * (slices - 0.6))), np.float32)
+
+
+def seen_as_bright(stack: Stack, shown: NDArray[np.bool_] | None) -> SliceMaps:
+    probability = bright(stack.slices)
+    if shown is not None:
+        probability[~shown] = 0.0
+    return SliceMaps(probability, None, {})
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SLA"])
+@pytest.mark.parametrize("plane", PLANES)
+def test_a_turned_stack_is_the_scan_viewed_in_that_plane(codes: str, plane: Plane) -> None:
+    data = np.random.default_rng(0).normal(size=(4, 5, 6)).astype(np.float32)
+    affine = inv_ornt_aff(axcodes2ornt(tuple(codes)), data.shape)
+    volume = Volume(data, affine)
+    for shown in PLANES:
+        stack = choose_view(volume, 1.0, shown).to_view(data)
+        expected = choose_view(volume, 1.0, plane).to_view(data)
+        np.testing.assert_array_equal(turn_planes(stack, shown, plane), expected)
+
+
+def test_a_plane_is_prepared_like_the_usual_one() -> None:
+    volume = isotropic_head()
+    axial, coronal = preprocess(volume, CONFIG), preprocess(volume, CONFIG, "coronal")
+    assert (axial.view.plane, coronal.view.plane) == ("axial", "coronal")
+    assert coronal.white_matter == pytest.approx(axial.white_matter, rel=0.02)
+    box = LESIONS[0]
+    for prepared in (axial, coronal):
+        view = prepared.view
+        whole = np.zeros(view.shape, np.float32)
+        index = tuple(slice(*bounds) for bounds in (view.slices, view.rows, view.columns))
+        inside = whole[index]
+        inside[...] = prepared.slices[:, : inside.shape[1], : inside.shape[2]]
+        native = np.zeros(volume.shape, np.float32)
+        view.to_view(native)[...] = whole
+        assert native[box].min() > 0.7
+
+
+@pytest.mark.parametrize("evidence_only", [True, False])
+@pytest.mark.parametrize("plane", PLANES)
+def test_planes_that_agree_change_nothing(evidence_only: bool, plane: Plane) -> None:
+    prepared = preprocess(isotropic_head(), CONFIG, plane)
+    first = seen_as_bright(whole_stack(prepared), None)
+    averaged = average_planes(prepared, first, seen_as_bright, evidence_only=evidence_only)
+    np.testing.assert_allclose(averaged.probability, first.probability, atol=1e-6)
+    assert averaged.deviation is not None
+    assert averaged.deviation.max() < 1e-3
+    assert (first.probability > 0.9).sum() > 100
+
+
+def test_slices_of_another_thickness_come_back_in_place() -> None:
+    volume = isotropic_head((2.0, 3.0, 4.0))
+    config = dataclasses.replace(CONFIG, pixel_size_mm=3.0)
+    prepared = preprocess(volume, config)
+    assert prepared.view.is_isotropic
+
+    def as_shown(stack: Stack, shown: NDArray[np.bool_] | None) -> SliceMaps:
+        return SliceMaps(stack.slices.copy(), None, {})
+
+    first = SliceMaps(prepared.slices.copy(), None, {})
+    averaged = average_planes(prepared, first, as_shown, evidence_only=False)
+    inner = (slice(6, -6), slice(16, -16), slice(16, -16))
+    difference = np.abs(averaged.probability[inner] - first.probability[inner])
+    assert difference.mean() < 0.01
+
+
+def test_what_a_plane_alone_has_found_is_outvoted() -> None:
+    prepared = preprocess(isotropic_head(), CONFIG)
+    first = seen_as_bright(whole_stack(prepared), None)
+    index = np.argwhere((prepared.slices > 0.35) & (prepared.slices < 0.45))[500]
+    first.probability[tuple(index)] = 1.0
+    averaged = average_planes(prepared, first, seen_as_bright, evidence_only=True)
+    assert averaged.probability[tuple(index)] == pytest.approx(1 / 3, abs=0.01)
+    assert averaged.deviation is not None
+    assert averaged.deviation[tuple(index)] == pytest.approx(np.sqrt(2) / 3, abs=0.01)
+
+
+def test_without_evidence_no_further_plane_is_seen() -> None:
+    prepared = preprocess(isotropic_head(), CONFIG)
+    first = SliceMaps(np.full(prepared.slices.shape, 0.05, np.float32), None, {})
+
+    def refuse(stack: Stack, shown: NDArray[np.bool_] | None) -> SliceMaps:
+        raise AssertionError(f"{stack.plane} was shown")
+
+    averaged = average_planes(prepared, first, refuse, evidence_only=True)
+    np.testing.assert_allclose(averaged.probability, 0.05, atol=1e-6)
+
+
+class PlaneNet(nn.Module):
+    """Counts slices; finds what is bright."""
+
+    seen: list[tuple[int, ...]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def forward(self, slices: Tensor) -> Tensor:
+        self.seen.append(tuple(slices.shape))
+        logits = 40.0 * (slices[:, 1:2] - 0.6)
+        return torch.cat([logits, -logits, 20.0 + 0.0 * logits], dim=1)
+
+
+def _model(**inference: object) -> Model:
+    model = brightness_model(**inference)
+    card = dataclasses.replace(model.card, preprocess=CONFIG)
+    return dataclasses.replace(model, net=PlaneNet(), card=card)
+
+
+@pytest.mark.parametrize("tta", ["none", "flip"])
+def test_the_engine_sees_isotropic_scans_in_all_planes(tta: str) -> None:
+    steps: list[tuple[int, int]] = []
+    volume = isotropic_head()
+    one = WMHInferenceEngine(_model(tta=tta), "cpu").segment(volume)
+    model = _model(tta=tta, planes="all")
+    found = WMHInferenceEngine(model, "cpu").segment(
+        volume, progress=lambda done, total: steps.append((done, total))
+    )
+    np.testing.assert_allclose(found.probability, one.probability, atol=1e-3)
+    np.testing.assert_array_equal(found.mask, one.mask)
+    for box in LESIONS:
+        assert found.mask[box].all()
+    assert found.uncertainty is not None
+    assert found.settings["planes"] == "all"
+    whole, *cut = dict.fromkeys(shape[2:] for shape in model.net.seen)  # type: ignore[union-attr]
+    assert cut
+    assert all(height * width < whole[0] * whole[1] for height, width in cut)
+    assert steps[-1][0] == steps[-1][1]
+    assert all(before[0] <= after[0] for before, after in itertools.pairwise(steps))
+
+
+def test_thick_slices_are_seen_in_their_own_plane_alone() -> None:
+    volume = isotropic_head((3.0, 3.0, 6.0))
+    engine = WMHInferenceEngine(_model(planes="all"), "cpu")
+    assert not engine.prepare(volume).view.is_isotropic
+    assert engine.segment(volume).uncertainty is None
+
+
+def test_whole_planes_and_evidence_alone_give_the_same_mask() -> None:
+    volume = isotropic_head()
+    engine = WMHInferenceEngine(_model(planes="all"), "cpu")
+    quick, whole = (engine.segment(volume, adaptive=adaptive) for adaptive in (True, False))
+    np.testing.assert_array_equal(quick.mask, whole.mask)
