@@ -47,6 +47,7 @@ from wmh_lora.models.registry import Model, load_model
 from wmh_lora.postprocess import apply_threshold, remove_small_components
 from wmh_lora.preprocess import Prepared, context_stack, preprocess
 from wmh_lora.report.outputs import OutputFiles, Segmentation
+from wmh_lora.t1 import prepare_t1
 from wmh_lora.volume import Volume
 
 __all__ = [
@@ -67,6 +68,8 @@ def segment(
     *,
     model: str | os.PathLike[str] | Model = "default",
     adapter: str | os.PathLike[str] | None = None,
+    t1: Scan | None = None,
+    register_t1: bool = False,
     tta: TtaMode | None = None,
     threshold: float | None = None,
     min_voxels: int | None = None,
@@ -84,6 +87,10 @@ def segment(
         See `load_model`; pass a loaded `Model` when there are many scans.
     adapter : path, optional
         File that ``wmh-lora adapt`` made of this model; a loaded `Model` has its own.
+    t1 : path, Volume or nibabel SpatialImage, optional
+        T1-weighted scan of the same session, on any grid, for models that take one.
+    register_t1 : bool
+        Correct movement between the two first (needs SimpleITK); otherwise headers are believed.
     tta : "none", "flip" or "d4", optional
         Test-time augmentation; 1, 4 or 8 views are averaged.
     threshold : float, optional
@@ -108,8 +115,10 @@ def segment(
     UnreadableImageError, DataError
         If the scan cannot be read or shows no head.
     ConfigError, WeightsError, DeviceError
-        If a setting, the model or the device is not available, or the adapter belongs to another
-        model.
+        If a setting, the model or the device is not available, the adapter belongs to another
+        model, or the model takes no T1.
+    GridMismatchError
+        If the headers of FLAIR and T1 say that they do not show one head.
     """
     if not isinstance(model, Model):
         model = load_model(model, adapter=adapter)
@@ -117,7 +126,14 @@ def segment(
         raise ConfigError("The model is loaded already; give its adapter to load_model.")
     engine = WMHInferenceEngine(model, device)
     return engine.segment(
-        path, progress=progress, tta=tta, threshold=threshold, min_voxels=min_voxels, **settings
+        path,
+        t1=t1,
+        register_t1=register_t1,
+        progress=progress,
+        tta=tta,
+        threshold=threshold,
+        min_voxels=min_voxels,
+        **settings,
     )
 
 
@@ -161,13 +177,14 @@ class WMHInferenceEngine:
         self.model_description: dict[str, str] = {}
         preprocess_config, self._inference = PreprocessConfig(), InferenceConfig()
         structures: tuple[str, ...] = ("wmh",)
-        self._encoder = ""
+        self._encoder, self._t1_channels = "", 0
         net: nn.Module
         if isinstance(model, Model):
             net, card = model.net, model.card
             self.model_description = model.describe()
             preprocess_config, self._inference = card.preprocess, card.inference
             structures, self._encoder = card.model.structures, card.model.encoder
+            self._t1_channels = card.model.t1_channels
         else:
             net = model
             self.model_description = {"name": type(model).__name__}
@@ -179,6 +196,8 @@ class WMHInferenceEngine:
         path_or_volume: Scan,
         *,
         prepared: Prepared | None = None,
+        t1: Scan | None = None,
+        register_t1: bool = False,
         progress: ProgressCallback | None = None,
         **settings: Any,
     ) -> Segmentation:
@@ -190,6 +209,8 @@ class WMHInferenceEngine:
             The FLAIR scan.
         prepared : Prepared, optional
             What `prepare` made of this volume, where that was done ahead.
+        t1, register_t1
+            See `segment`.
         progress : callable, optional
             Called with (steps done, steps in all).
         **settings
@@ -199,7 +220,8 @@ class WMHInferenceEngine:
         with collect_warnings() as warnings:
             volume = as_volume(path_or_volume)
             prepared = prepared or self.prepare(volume)
-            maps = self.predict_maps(prepared, config, progress=progress)
+            second = None if t1 is None else self.prepare_t1(t1, prepared, volume, register_t1)
+            maps = self.predict_maps(prepared, config, t1=second, progress=progress)
         mask, lesions = find_lesions(maps.probability, volume, config)
         return Segmentation(
             volume=volume,
@@ -213,6 +235,7 @@ class WMHInferenceEngine:
                 "min_peak": config.min_peak,
                 "tta": config.tta,
                 "planes": config.planes,
+                "t1": t1 is not None,
                 "adaptive": config.adaptive,
                 "precision": str(choose_dtype(self.device, config.precision)).split(".")[-1],
                 "device": str(self.device),
@@ -307,11 +330,43 @@ class WMHInferenceEngine:
         warn_about_missing_values(volume)
         return preprocess(volume, self._preprocess)
 
+    def prepare_t1(
+        self, t1: Scan, prepared: Prepared, flair: Volume, register: bool = False
+    ) -> NDArray[np.float32]:
+        """Bring a T1 to the network's grid of its FLAIR: (S, H, W) in [0, 1].
+
+        Parameters
+        ----------
+        t1, register
+            See `segment`.
+        prepared, flair
+            The FLAIR, prepared and as it was read.
+
+        Raises
+        ------
+        ConfigError
+            If the model takes no T1, or SimpleITK is needed and not installed.
+        GridMismatchError, DataError
+            If the two do not show one head, or the T1 shows none.
+        """
+        if not self._t1_channels:
+            raise ConfigError(
+                f"The model {self.model_description.get('name')} takes FLAIR alone: leave the T1 "
+                "out, or name a model that was trained with T1 (model.t1_channels)."
+            )
+        second = as_volume(t1)
+        if register:
+            from wmh_lora.t1_registration import register_t1
+
+            second = register_t1(second, flair)
+        return prepare_t1(second, prepared, flair)
+
     def predict_maps(
         self,
         prepared: Prepared,
         config: InferenceConfig,
         *,
+        t1: NDArray[np.float32] | None = None,
         structures: bool = True,
         progress: ProgressCallback | None = None,
     ) -> ScanMaps:
@@ -323,6 +378,8 @@ class WMHInferenceEngine:
             See `prepare`.
         config : InferenceConfig
             See `settings`.
+        t1 : float32 array (S, H, W), optional
+            See `prepare_t1`.
         structures : bool
             Bring ventricles and brain back to the scan's grid as well.
         progress : callable, optional
@@ -336,7 +393,7 @@ class WMHInferenceEngine:
             If the device runs out of memory.
         """
         with device_errors(self.device):
-            maps = self._predict_slices(prepared, config, progress)
+            maps = self._predict_slices(whole_stack(prepared, t1), prepared, config, progress)
         return maps_on_scan(maps, prepared, structures=structures)
 
     @staticmethod
@@ -350,7 +407,11 @@ class WMHInferenceEngine:
         return remove_small_components(np.asarray(mask), min_v)
 
     def _predict_slices(
-        self, prepared: Prepared, config: InferenceConfig, progress: ProgressCallback | None
+        self,
+        slices: Stack,
+        prepared: Prepared,
+        config: InferenceConfig,
+        progress: ProgressCallback | None,
     ) -> SliceMaps:
         """Maps (S, H, W) on the network's grid."""
         views = VIEWS[config.tta]
@@ -373,16 +434,19 @@ class WMHInferenceEngine:
                 progress=None if steps is None else steps.part(),
             )
 
-        first = see(whole_stack(prepared), prepared.shows_head)
+        first = see(slices, prepared.shows_head)
         if planes == 1:
             return first
-        return average_planes(prepared, first, see, evidence_only=config.adaptive)
+        return average_planes(slices, prepared, first, see, evidence_only=config.adaptive)
 
     def _look(self, stack: Stack, dtype: torch.dtype) -> Look:
         """Make what shows batches of slices to the network."""
 
         def look(indices: Sequence[int], view: ViewKey) -> Seen:
-            return self._network.see(context_stack(stack, indices), view, dtype)
+            t1 = None
+            if stack.t1 is not None:
+                t1 = context_stack(stack, indices, self._t1_channels, slices=stack.t1)
+            return self._network.see(context_stack(stack, indices), view, dtype, t1)
 
         return look
 

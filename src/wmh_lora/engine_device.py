@@ -120,7 +120,11 @@ class NetworkOnDevice:
             self._nets = {torch.float32: net.eval().to(device)}
 
     def see(
-        self, slices: NDArray[np.float32], view: ViewKey, dtype: torch.dtype = torch.float32
+        self,
+        slices: NDArray[np.float32],
+        view: ViewKey,
+        dtype: torch.dtype = torch.float32,
+        t1: NDArray[np.float32] | None = None,
     ) -> Seen:
         """Show slices in one view.
 
@@ -135,6 +139,8 @@ class NetworkOnDevice:
             See `wmh_lora.engine_views`.
         dtype : torch.dtype
             Of the products, see `choose_dtype`.
+        t1 : float32 array (B, T, H, W), optional
+            T1 slices beside them, for networks that take some.
 
         Returns
         -------
@@ -150,7 +156,9 @@ class NetworkOnDevice:
         start = 0
         while start < len(slices):
             count = min(self.batch_limit or len(slices), len(slices) - start)
-            answer = self._try(slices[start : start + count], view, dtype)
+            shown = slices[start : start + count]
+            beside = None if t1 is None else t1[start : start + count]
+            answer = self._try(shown, view, dtype, beside)
             if answer is None:  # out of the except block, so that what failed is freed
                 self.batch_limit = count // 2
                 if self.device.type == "cuda":
@@ -166,11 +174,18 @@ class NetworkOnDevice:
             start += count
         return parts[0] if len(parts) == 1 else Seen.joined(parts)
 
-    def _try(self, slices: NDArray[np.float32], view: ViewKey, dtype: torch.dtype) -> Seen | None:
+    def _try(
+        self,
+        slices: NDArray[np.float32],
+        view: ViewKey,
+        dtype: torch.dtype,
+        t1: NDArray[np.float32] | None,
+    ) -> Seen | None:
         """Show slices; None if there is no memory for as many but may be for fewer."""
         try:
             with torch.inference_mode():
-                answer = self._answer(self._on_device(slices), view, dtype)
+                pictures = [self._on_device(part) for part in (slices, t1) if part is not None]
+                answer = self._answer(pictures, view, dtype)
                 others = {name: part.cpu().numpy() for name, part in answer.structures.items()}
                 return Seen(answer.lesion.cpu().numpy(), others)
         except (MemoryError, RuntimeError) as error:
@@ -186,9 +201,9 @@ class NetworkOnDevice:
             batch = batch.contiguous(memory_format=torch.channels_last).pin_memory()
         return batch.to(self.device, non_blocking=self.device.type == "cuda")
 
-    def _answer(self, slices: Tensor, view: ViewKey, dtype: torch.dtype) -> _Answer:
+    def _answer(self, pictures: Sequence[Tensor], view: ViewKey, dtype: torch.dtype) -> _Answer:
         with self._computing_in(dtype):
-            logits = self._net_for(dtype)(turn(slices, view))
+            logits = self._net_for(dtype)(*(turn(picture, view) for picture in pictures))
         lesion = turn_back(lesion_probability(logits, self._structures), view)
         structures = {}
         if view == (0, False):

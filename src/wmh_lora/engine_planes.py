@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from wmh_lora.config import PreprocessConfig
 from wmh_lora.engine_views import EVIDENCE, SliceMaps
 from wmh_lora.preprocess import Prepared
 from wmh_lora.view import PLANES, Axis, Plane, resampling_matrix, turn_planes
@@ -41,6 +42,8 @@ class Stack:
         (S, H, W) float32 in [0, 1], H and W multiples of the network's.
     context_offset
         Distance, in slices, of the neighbours shown beside each slice.
+    t1
+        (S, H, W) in [0, 1], a T1 on the same grid; None if there is none.
     rows, columns
         First row and column on the whole plane; tells two cuts of it apart.
     """
@@ -48,6 +51,7 @@ class Stack:
     plane: Plane
     slices: FloatArray
     context_offset: int
+    t1: FloatArray | None = None
     rows: int = 0
     columns: int = 0
 
@@ -56,20 +60,20 @@ class Stack:
 See = Callable[[Stack, NDArray[np.bool_]], SliceMaps]
 
 
-def whole_stack(prepared: Prepared) -> Stack:
-    """Return the slices as they were prepared."""
-    return Stack(prepared.view.plane, prepared.slices, prepared.context_offset)
+def whole_stack(prepared: Prepared, t1: FloatArray | None = None) -> Stack:
+    """Return the slices as they were prepared, and a T1 on their grid."""
+    return Stack(prepared.view.plane, prepared.slices, prepared.context_offset, t1)
 
 
 def average_planes(
-    prepared: Prepared, first: SliceMaps, see: See, *, evidence_only: bool
+    slices: Stack, prepared: Prepared, first: SliceMaps, see: See, *, evidence_only: bool
 ) -> SliceMaps:
     """Average what the network says of a scan in the plane that it was prepared in and the others.
 
     Parameters
     ----------
-    prepared
-        The scan.
+    slices, prepared
+        The scan, from `whole_stack`.
     first
         What was found in its own plane.
     see
@@ -91,7 +95,7 @@ def average_planes(
         square += first.deviation**2
     seen = np.ones_like(total)
     evidence = first.probability >= EVIDENCE if evidence_only else None
-    for stack, marked, place in _other_stacks(prepared, evidence):
+    for stack, marked, place in _other_stacks(slices, prepared, evidence):
         maps = see(stack, marked)
         deviation = maps.deviation
         spread = maps.probability**2 + (0.0 if deviation is None else deviation**2)
@@ -105,58 +109,100 @@ def average_planes(
 
 
 def _other_stacks(
-    prepared: Prepared, evidence: NDArray[np.bool_] | None
+    slices: Stack, prepared: Prepared, evidence: NDArray[np.bool_] | None
 ) -> Iterator[tuple[Stack, NDArray[np.bool_], Callable[[FloatArray], FloatArray]]]:
     """Yield a stack a plane, its slices to be shown, and what brings its maps back."""
-    config, view = prepared.config, prepared.view
+    config, spacing_mm = prepared.config, prepared.view.spacing_mm[0]
     pixel_mm = config.pixel_size_mm
-    count = len(prepared.slices)
+    count = len(slices.slices)
     # between the slices as they lie and steps of one pixel along them
-    slices = Axis(0.0, view.spacing_mm[0], count)
-    pixels = Axis(0.0, pixel_mm, max(1, round(count * slices.step_mm / pixel_mm)))
-    there, back = resampling_matrix(slices, pixels), resampling_matrix(pixels, slices)
-    grid = _along(there, prepared.slices)
+    acquired = Axis(0.0, spacing_mm, count)
+    pixels = Axis(0.0, pixel_mm, max(1, round(count * spacing_mm / pixel_mm)))
+    there, back = resampling_matrix(acquired, pixels), resampling_matrix(pixels, acquired)
+    grid = _along(there, slices.slices)
+    t1 = None if slices.t1 is None else _along(there, slices.t1)
     where = None if evidence is None else _along(there, evidence.astype(np.float32)) > 0.0
+    if where is not None and not where.any():
+        return
     for plane in PLANES:
-        if plane == view.plane:
+        if plane == slices.plane:
             continue
-        turned = turn_planes(grid, view.plane, plane)
-        found = None if where is None else turn_planes(where, view.plane, plane)
-        if found is None:
-            marked = np.asarray(turned.any(axis=(1, 2)))
-            windows = [(0, length) for length in turned.shape[1:]]
-        else:
-            if not found.any():
-                continue
-            reach = max(1, round(config.context_mm / pixel_mm))
-            marked = np.asarray(found.any(axis=(1, 2)))
-            marked = np.asarray(ndimage.maximum_filter1d(marked, 2 * reach + 1, mode="constant"))
-            margin = round(_MARGIN_MM / pixel_mm)
-            windows = [_extent(np.asarray(found.any(axis=(0, other))), margin) for other in (2, 1)]
-        (top, height), (left, width) = (
-            _fitted(window, length, config.multiple_px)
-            for window, length in zip(windows, turned.shape[1:], strict=True)
-        )
-        shape = turned.shape
-        cut = np.zeros((shape[0], height, width), np.float32)
-        part = turned[:, top : top + height, left : left + width]
-        cut[:, : part.shape[1], : part.shape[2]] = part
+        turned = turn_planes(grid, slices.plane, plane)
+        marked, window = np.asarray(turned.any(axis=(1, 2))), _Window.whole(turned.shape)
+        if where is not None:
+            marked, window = _near(turn_planes(where, slices.plane, plane), config)
+        window = window.fitted(config.multiple_px)
+        second = None
+        if t1 is not None:
+            second = window.cut(turn_planes(t1, slices.plane, plane))
         offset = max(1, round(config.context_mm / pixel_mm))
+        stack = Stack(plane, window.cut(turned), offset, second, window.top, window.left)
 
         def place(
-            maps: FloatArray,
-            *,
-            plane: Plane = plane,
-            shape: tuple[int, ...] = shape,
-            top: int = top,
-            left: int = left,
+            maps: FloatArray, *, plane: Plane = plane, window: _Window = window
         ) -> FloatArray:
-            whole = np.zeros(shape, np.float32)
-            target = whole[:, top : top + maps.shape[1], left : left + maps.shape[2]]
-            target[...] = maps[:, : target.shape[1], : target.shape[2]]
-            return _along(back, turn_planes(whole, plane, view.plane))
+            return _along(back, turn_planes(window.place(maps), plane, slices.plane))
 
-        yield Stack(plane, cut, offset, top, left), marked, place
+        yield stack, marked, place
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A part of every slice of a stack; it may reach beyond the picture, where that is zero."""
+
+    shape: tuple[int, ...]
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> _Window:
+        """Return the window that holds whole slices of a stack (S, H, W)."""
+        return cls(shape, 0, 0, shape[1], shape[2])
+
+    def fitted(self, multiple: int) -> _Window:
+        """Grow to a multiple of so many pixels, within the picture where it is large enough."""
+        sides = []
+        for start, size, length in (
+            (self.top, self.height, self.shape[1]),
+            (self.left, self.width, self.shape[2]),
+        ):
+            grown = -(-size // multiple) * multiple
+            sides.append((max(0, min(start, length - grown)), grown))
+        (top, height), (left, width) = sides
+        return _Window(self.shape, top, left, height, width)
+
+    def cut(self, stack: FloatArray) -> FloatArray:
+        """Copy this part of a stack."""
+        out = np.zeros((len(stack), self.height, self.width), np.float32)
+        part = self._of(stack)
+        out[:, : part.shape[1], : part.shape[2]] = part
+        return out
+
+    def place(self, maps: FloatArray) -> FloatArray:
+        """Put maps of this part into a stack of zeros."""
+        whole = np.zeros(self.shape, np.float32)
+        part = self._of(whole)
+        part[...] = maps[:, : part.shape[1], : part.shape[2]]
+        return whole
+
+    def _of(self, stack: FloatArray) -> FloatArray:
+        return stack[:, self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def _near(
+    evidence: NDArray[np.bool_], config: PreprocessConfig
+) -> tuple[NDArray[np.bool_], _Window]:
+    """Mark the slices with evidence and their neighbours, and frame the evidence with a margin."""
+    reach = max(1, round(config.context_mm / config.pixel_size_mm))
+    found = np.asarray(evidence.any(axis=(1, 2)))
+    marked = np.asarray(ndimage.maximum_filter1d(found, 2 * reach + 1, mode="constant"))
+    margin = round(_MARGIN_MM / config.pixel_size_mm)
+    (top, bottom), (left, right) = (
+        _extent(np.asarray(evidence.any(axis=(0, other))), margin) for other in (2, 1)
+    )
+    return marked, _Window(evidence.shape, top, left, bottom - top, right - left)
 
 
 def _along(matrix: FloatArray, stack: FloatArray) -> FloatArray:
@@ -170,9 +216,3 @@ def _extent(marked: NDArray[np.bool_], margin: int) -> tuple[int, int]:
     """First and one-past-last marked place, with a margin."""
     places = np.flatnonzero(marked)
     return max(0, int(places[0]) - margin), min(len(marked), int(places[-1]) + 1 + margin)
-
-
-def _fitted(window: tuple[int, int], length: int, multiple: int) -> tuple[int, int]:
-    """Start and size of a window that has grown to a multiple, within the picture if it can."""
-    size = -(-(window[1] - window[0]) // multiple) * multiple
-    return max(0, min(window[0], length - size)), size

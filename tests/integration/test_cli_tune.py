@@ -97,9 +97,9 @@ def test_the_tuned_model_makes_the_masks_that_were_scored(run: Path) -> None:
     card = read_model_card(model)
     [chosen] = [row for row in _rows(run / "tuning") if row["mark"] == "chosen"]
     assert card.inference == InferenceConfig(
-        float(chosen["threshold"]),
-        int(chosen["min_voxels"]),
-        chosen["tta"],  # type: ignore[arg-type]
+        threshold=float(chosen["threshold"]),
+        min_voxels=int(chosen["min_voxels"]),
+        tta=chosen["tta"],  # type: ignore[arg-type]
     )
     assert card.training["tuning"]["subjects"] == 2
 

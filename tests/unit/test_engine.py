@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from nibabel.orientations import apply_orientation, inv_ornt_aff
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import wmh_lora
@@ -22,7 +23,12 @@ from tests.phantoms import BrightnessNet, brightness_model, head, write_head
 from wmh_lora.config import ModelConfig, PreprocessConfig, TtaMode
 from wmh_lora.engine import Segmentation, WMHInferenceEngine, choose_device, segment
 from wmh_lora.engine_views import VIEWS, turn
-from wmh_lora.errors import ConfigError, DeviceError, UnreadableImageError
+from wmh_lora.errors import (
+    ConfigError,
+    DeviceError,
+    GridMismatchError,
+    UnreadableImageError,
+)
 from wmh_lora.models.network import build_network
 from wmh_lora.models.registry import Model
 from wmh_lora.postprocess import apply_threshold, describe_lesions, remove_small_components
@@ -353,3 +359,57 @@ class TestDevices:
 
         with pytest.raises(RuntimeError, match="shapes do not fit"):
             WMHInferenceEngine(Broken(), "cpu").predict(head()[0])
+
+
+class _WithT1(nn.Module):
+    """Lesion is what is bright on FLAIR, unless the T1 beside it is bright as well."""
+
+    def forward(self, slices: Tensor, t1: Tensor | None = None) -> Tensor:
+        logits = 40.0 * (slices[:, 1:2] - 0.7)
+        if t1 is not None:
+            assert t1.shape[1] == 1
+            logits = logits - 80.0 * (t1[:, :1] > 0.85)
+        return torch.cat([logits, logits * 0.0 - 20.0, logits * 0.0 + 20.0], dim=1)
+
+
+class TestT1:
+    @staticmethod
+    def _model() -> Model:
+        model = brightness_model(tta="flip")
+        config = replace(model.card.model, t1_channels=1)
+        card = replace(model.card, model=config)
+        return replace(model, net=_WithT1(), card=card)
+
+    @staticmethod
+    def _t1(flair: Volume, bright: NDArray[np.uint8]) -> Volume:
+        """White matter and dark ventricles; the second lesion bright, on a shifted grid."""
+        data = np.where(flair.data > 150, 700.0, np.where(flair.data > 30, 150.0, 0.0))
+        data[bright > 0] = 1400.0
+        affine = flair.affine.copy()
+        affine[:3, 3] += affine[:3, :3] @ [2.0, 0.0, 0.0]
+        return Volume(data[2:].astype(np.float32), affine)
+
+    def test_changes_what_the_network_sees_in_place(self) -> None:
+        flair, mask = head()
+        second = mask.copy()
+        second[:, 25:] = 0
+        assert 0 < second.sum() < mask.sum()
+        engine = WMHInferenceEngine(self._model(), "cpu")
+        alone = engine.segment(flair)
+        both = engine.segment(flair, t1=self._t1(flair, second))
+        assert alone.mask[mask > 0].mean() > 0.9
+        assert both.mask[(mask > 0) & (second == 0)].mean() > 0.9
+        assert both.mask[second > 0].mean() < 0.1
+        assert (alone.settings["t1"], both.settings["t1"]) == (False, True)
+
+    def test_a_model_of_flair_alone_says_so(self) -> None:
+        flair, _ = head()
+        with pytest.raises(ConfigError, match="takes FLAIR alone"):
+            WMHInferenceEngine(brightness_model(), "cpu").segment(flair, t1=flair)
+
+    def test_another_place_is_refused(self) -> None:
+        flair, mask = head()
+        t1 = self._t1(flair, mask)
+        t1.affine[:3, 3] += 150.0
+        with pytest.raises(GridMismatchError, match="--register-t1"):
+            WMHInferenceEngine(self._model(), "cpu").segment(flair, t1=t1)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tests.phantoms import brightness_model
 from wmh_lora.config import PreprocessConfig
 from wmh_lora.engine import WMHInferenceEngine
-from wmh_lora.engine_planes import Stack, average_planes, whole_stack
+from wmh_lora.engine_planes import See, Stack, average_planes, whole_stack
 from wmh_lora.engine_views import SliceMaps
 from wmh_lora.models.registry import Model
-from wmh_lora.preprocess import preprocess
+from wmh_lora.preprocess import Prepared, preprocess
 from wmh_lora.view import PLANES, Plane, choose_view, turn_planes
 from wmh_lora.volume import Volume
 
@@ -52,6 +52,11 @@ def seen_as_bright(stack: Stack, shown: NDArray[np.bool_] | None) -> SliceMaps:
     if shown is not None:
         probability[~shown] = 0.0
     return SliceMaps(probability, None, {})
+
+
+def _average(prepared: Prepared, first: SliceMaps, see: See, *, evidence_only: bool) -> SliceMaps:
+    stack = whole_stack(prepared)
+    return average_planes(stack, prepared, first, see, evidence_only=evidence_only)
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SLA"])
@@ -88,7 +93,9 @@ def test_a_plane_is_prepared_like_the_usual_one() -> None:
 def test_planes_that_agree_change_nothing(evidence_only: bool, plane: Plane) -> None:
     prepared = preprocess(isotropic_head(), CONFIG, plane)
     first = seen_as_bright(whole_stack(prepared), None)
-    averaged = average_planes(prepared, first, seen_as_bright, evidence_only=evidence_only)
+    averaged = average_planes(
+        whole_stack(prepared), prepared, first, seen_as_bright, evidence_only=evidence_only
+    )
     np.testing.assert_allclose(averaged.probability, first.probability, atol=1e-6)
     assert averaged.deviation is not None
     assert averaged.deviation.max() < 1e-3
@@ -105,7 +112,7 @@ def test_slices_of_another_thickness_come_back_in_place() -> None:
         return SliceMaps(stack.slices.copy(), None, {})
 
     first = SliceMaps(prepared.slices.copy(), None, {})
-    averaged = average_planes(prepared, first, as_shown, evidence_only=False)
+    averaged = _average(prepared, first, as_shown, evidence_only=False)
     inner = (slice(6, -6), slice(16, -16), slice(16, -16))
     difference = np.abs(averaged.probability[inner] - first.probability[inner])
     assert difference.mean() < 0.01
@@ -116,7 +123,9 @@ def test_what_a_plane_alone_has_found_is_outvoted() -> None:
     first = seen_as_bright(whole_stack(prepared), None)
     index = np.argwhere((prepared.slices > 0.35) & (prepared.slices < 0.45))[500]
     first.probability[tuple(index)] = 1.0
-    averaged = average_planes(prepared, first, seen_as_bright, evidence_only=True)
+    averaged = average_planes(
+        whole_stack(prepared), prepared, first, seen_as_bright, evidence_only=True
+    )
     assert averaged.probability[tuple(index)] == pytest.approx(1 / 3, abs=0.01)
     assert averaged.deviation is not None
     assert averaged.deviation[tuple(index)] == pytest.approx(np.sqrt(2) / 3, abs=0.01)
@@ -129,7 +138,7 @@ def test_without_evidence_no_further_plane_is_seen() -> None:
     def refuse(stack: Stack, shown: NDArray[np.bool_] | None) -> SliceMaps:
         raise AssertionError(f"{stack.plane} was shown")
 
-    averaged = average_planes(prepared, first, refuse, evidence_only=True)
+    averaged = _average(prepared, first, refuse, evidence_only=True)
     np.testing.assert_allclose(averaged.probability, 0.05, atol=1e-6)
 
 
@@ -188,3 +197,21 @@ def test_whole_planes_and_evidence_alone_give_the_same_mask() -> None:
     engine = WMHInferenceEngine(_model(planes="all"), "cpu")
     quick, whole = (engine.segment(volume, adaptive=adaptive) for adaptive in (True, False))
     np.testing.assert_array_equal(quick.mask, whole.mask)
+
+
+@pytest.mark.parametrize("evidence_only", [True, False])
+def test_a_t1_is_turned_with_the_scan(evidence_only: bool) -> None:
+    prepared = preprocess(isotropic_head(), CONFIG)
+    t1 = 1.0 - prepared.slices
+    shown = []
+
+    def see(stack: Stack, marked: NDArray[np.bool_] | None) -> SliceMaps:
+        assert stack.t1 is not None
+        inside = stack.slices > 0  # beyond the picture both are zero
+        np.testing.assert_allclose(stack.t1[inside], 1.0 - stack.slices[inside], atol=1e-6)
+        shown.append(stack.plane)
+        return seen_as_bright(stack, marked)
+
+    first = seen_as_bright(whole_stack(prepared), None)
+    average_planes(whole_stack(prepared, t1), prepared, first, see, evidence_only=evidence_only)
+    assert shown == ["coronal", "sagittal"]

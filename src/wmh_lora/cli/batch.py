@@ -42,6 +42,8 @@ class Options:
     model: str = "default"
     base_weights: Path | None = None
     adapter: Path | None = None
+    t1: Path | None = None
+    register_t1: bool = False
     tta: TtaMode | None = None
     planes: PlaneMode | None = None
     threshold: float | None = None
@@ -217,6 +219,13 @@ def run_plan(plan: Plan, options: Options) -> Outcome:
 
     from wmh_lora.report.outputs import output_folder
 
+    if options.t1 is not None and len(plan.scans) > 1:
+        raise ConfigError(
+            f"{options.t1} is the T1 of one scan, but {len(plan.scans)} are to be segmented; give "
+            "one at a time with --t1."
+        )
+    if options.t1 is not None and options.backend != "torch":
+        raise ConfigError(f"The backend {options.backend} takes no T1; leave --backend out.")
     if options.page == "pdf":
         from wmh_lora.report.pdf import require_matplotlib
 
@@ -351,6 +360,8 @@ def _segment(
             result = engine.segment(
                 read.volume,
                 prepared=read.prepared,
+                t1=options.t1,
+                register_t1=options.register_t1,
                 progress=lambda done, total: progress(done, total, label),
                 **options.inference,
             )

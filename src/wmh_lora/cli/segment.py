@@ -121,6 +121,17 @@ def inference_options(function: _Function) -> _Function:
     type=click.Path(path_type=Path),
     help="Folder for the results; it is made if needed.",
 )
+@click.option(
+    "--t1",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="T1 of the same session, for a model that takes one and a single INPUT.",
+)
+@click.option(
+    "--register-t1",
+    is_flag=True,
+    help="Correct movement between T1 and FLAIR first; needs the registration extra.",
+)
 @inference_options
 @click.option(
     "--report",

@@ -287,6 +287,8 @@ def setting_rows(report: Mapping[str, Any], analysed_on: date) -> list[tuple[str
         ("Grid", f"{_times(grid['shape'])} voxels, {grid['orientation']}"),
         ("Voxel size", f"{_times(f'{mm:.2f}' for mm in grid['spacing_mm'])} mm"),
     ]
+    if settings.get("t1"):
+        rows.append(("T1", "used beside the FLAIR"))
     if "precision" in settings:
         rows.append(("Precision", str(settings["precision"])))
     if report.get("file_sha256"):
