@@ -330,6 +330,14 @@ class WMHInferenceEngine:
         warn_about_missing_values(volume)
         return preprocess(volume, self._preprocess)
 
+    def require_t1(self) -> None:
+        """Raise ConfigError unless the model takes a T1."""
+        if not self._t1_channels:
+            raise ConfigError(
+                f"The model {self.model_description.get('name')} takes FLAIR alone: leave the T1 "
+                "out, or name a model that was trained with T1 (model.t1_channels)."
+            )
+
     def prepare_t1(
         self, t1: Scan, prepared: Prepared, flair: Volume, register: bool = False
     ) -> NDArray[np.float32]:
@@ -349,11 +357,7 @@ class WMHInferenceEngine:
         GridMismatchError, DataError
             If the two do not show one head, or the T1 shows none.
         """
-        if not self._t1_channels:
-            raise ConfigError(
-                f"The model {self.model_description.get('name')} takes FLAIR alone: leave the T1 "
-                "out, or name a model that was trained with T1 (model.t1_channels)."
-            )
+        self.require_t1()
         second = as_volume(t1)
         if register:
             from wmh_lora.t1_registration import register_t1

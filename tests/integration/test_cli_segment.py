@@ -281,6 +281,22 @@ class TestBatch:
         assert not (tmp_path / "out").exists()
 
 
+class TestT1:
+    def test_belongs_to_one_scan(self, tmp_path: Path, run: Run) -> None:
+        for name in ("a", "b"):
+            write_head(tmp_path / f"{name}_FLAIR.nii.gz")
+        t1 = str(tmp_path / "a_FLAIR.nii.gz")
+        result = run("a_FLAIR.nii.gz", "b_FLAIR.nii.gz", options=("--t1", t1))
+        assert result.exit_code == 2
+        assert "one at a time" in result.stderr
+
+    def test_a_model_of_flair_alone_says_so(self, tmp_path: Path, run: Run) -> None:
+        scan = write_head(tmp_path / "a_FLAIR.nii.gz")
+        result = run(scan.name, options=("--t1", str(scan)))
+        assert result.exit_code == 2
+        assert "takes FLAIR alone" in result.stderr
+
+
 class TestExistingResults:
     def test_are_refused_before_any_work(
         self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch

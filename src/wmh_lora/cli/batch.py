@@ -344,6 +344,8 @@ def _make_engine(options: Options) -> WMHInferenceEngine:
         model = replace(model, net=with_backend(model, options.backend))
     engine = WMHInferenceEngine(model, device)
     engine.settings(**options.inference)  # what cannot be used concerns every scan
+    if options.t1 is not None:
+        engine.require_t1()
     return engine
 
 

@@ -161,3 +161,44 @@ def test_scan_augmentation_keeps_the_grid_and_the_labels() -> None:
         assert np.isfinite(varied.volume.data).all()
         assert bool((varied.volume.data[:4] == 0).all()) == extracted
         assert varied.volume.data[16:24, 16:24, 2:4].mean() > 0
+
+
+@pytest.mark.parametrize("extracted_share", [0.0, 1.0])
+def test_caps_are_left_open_in_scans_without_a_head_alone(
+    tmp_path: Path, extracted_share: float
+) -> None:
+    root = real_folder(tmp_path)
+    image = root / "sub-01" / "anat" / "sub-01_FLAIR.nii.gz"
+    volume = Volume.read(image)
+    ventricles = np.zeros(volume.shape, np.uint8)
+    ventricles[28:36, 38:46, 3:5] = 1
+    data = volume.data.copy()
+    data[27:37, 37:47, 3:5] = 140.0  # a bright rim that nobody has drawn
+    data[ventricles > 0] = 20.0
+    write_nifti(image, data, volume, overwrite=True)
+    manual = root / "derivatives" / "manual" / "sub-01" / "anat"
+    write_nifti(manual / "sub-01_space-orig_label-ventricles_mask.nii.gz", ventricles, volume)
+    config = DataConfig(
+        root=str(root),
+        real=".",
+        lanes=1,
+        real_lanes=1,
+        crops_per_scan=2,
+        cap_reach_mm=6.0,
+        extracted_share=extracted_share,
+    )
+    stream = TrainingStream(config, 7, 64, PreprocessConfig(pixel_size_mm=3.0), STRUCTURES)
+    open_pixels = sum(int(np.isnan(stream.item(i).target[0]).sum()) for i in range(12))
+    assert (open_pixels > 0) == (extracted_share == 1.0)
+
+
+def test_isotropic_scans_are_shown_in_other_planes_and_thick_ones_are_not() -> None:
+    config = DataConfig(lanes=1, other_planes_share=1.0)
+    thin = Volume(np.zeros((8, 8, 8), np.float32), np.eye(4))
+    thick = Volume(np.zeros((8, 8, 8), np.float32), np.diag([1.0, 1.0, 5.0, 1.0]))
+    stream = TrainingStream(config, 7, 64, PreprocessConfig(pixel_size_mm=1.0), STRUCTURES)
+    shown = [stream._plane(np.random.default_rng(seed), thin) for seed in range(20)]
+    assert set(shown) == {"coronal", "sagittal"}
+    assert {stream._plane(np.random.default_rng(seed), thick) for seed in range(20)} == {None}
+    usual = TrainingStream(DataConfig(lanes=1), 7, 64, PreprocessConfig(), STRUCTURES)
+    assert usual._plane(np.random.default_rng(0), thin) is None
