@@ -44,7 +44,7 @@ def main() -> None:
     for kind in ("images", "labels"):
         (given.output / kind).mkdir(parents=True, exist_ok=True)
     for number in range(given.count):
-        case = stream.synthetic_case(np.random.default_rng([given.seed, number]))
+        case, _ = stream.visible_case(np.random.default_rng([given.seed, number]))
         name = f"synthetic-{number:03d}"
         image = given.output / "images" / f"{name}_FLAIR.nii.gz"
         write_nifti(image, case.volume.data, case.volume, overwrite=True)

@@ -48,6 +48,8 @@ __all__ = ["DataConfig", "TrainingStream", "build_stream"]
 
 _LABELS = {"wmh": "WMH", "ventricles": "ventricles", "brain": "brain"}
 
+_MOST_DRAWS = 4
+
 _CAP_CONTRAST = 1.1
 """Brightness, relative to white matter, above which a rim of the ventricles may be a cap."""
 
@@ -158,9 +160,9 @@ class TrainingStream:
             case = read_masks(image, masks)
             extracted = "brain" in case.masks and rng.random() < self.config.extracted_share
             case = augment_scan(rng, case, extracted=extracted)
+            prepared = self._prepare(rng, case)
         else:
-            case = self.synthetic_case(rng)
-        prepared = preprocess(case.volume, self.preprocess_config, self._plane(rng, case.volume))
+            case, prepared = self.visible_case(rng)
         zero = np.zeros(case.volume.shape, dtype=np.float32)
         targets = np.stack(
             [to_model_grid(case.masks.get(name, zero), prepared) for name in self.structures]
@@ -179,6 +181,22 @@ class TrainingStream:
             if "brain" in case.masks and rng.spawn(1)[0].random() < 0.5:
                 t1[to_model_grid(case.masks["brain"], prepared) < 0.5] = 0.0
         return _Scan(prepared, targets, ignored, valid, real, t1)
+
+    def visible_case(self, rng: np.random.Generator) -> tuple[Case, Prepared]:
+        """Draw synthetic scans until the lesions of one can be seen, or patience ends."""
+        for _ in range(_MOST_DRAWS):
+            case = self.synthetic_case(rng)
+            prepared = self._prepare(rng, case)
+            lesions = to_model_grid(case.masks["wmh"], prepared) > 0.5
+            if not lesions.any():
+                break
+            excess = float(np.median(prepared.slices[lesions])) / WHITE_MATTER_LEVEL - 1.0
+            if excess >= self.config.min_excess:
+                break
+        return case, prepared
+
+    def _prepare(self, rng: np.random.Generator, case: Case) -> Prepared:
+        return preprocess(case.volume, self.preprocess_config, self._plane(rng, case.volume))
 
     def _plane(self, rng: np.random.Generator, volume: Volume) -> Plane | None:
         """Now and then another plane than the usual, where the scan is as fine in it."""

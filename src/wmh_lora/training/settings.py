@@ -25,7 +25,7 @@ __all__ = ["RunConfig", "TrainingConfig", "ValidationCase", "apply_overrides", "
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything about the optimisation; the hardware never changes any of it.
+    """Everything about the optimisation; the hardware changes none of it, but for ``auto`` choices.
 
     Attributes
     ----------

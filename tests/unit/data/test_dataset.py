@@ -13,6 +13,7 @@ from wmh_lora.data.augment import augment_crop, augment_scan
 from wmh_lora.data.dataset import DataConfig, TrainingStream, build_stream
 from wmh_lora.data.synthesis import Case
 from wmh_lora.errors import ConfigError, DataError
+from wmh_lora.preprocess import to_model_grid
 from wmh_lora.volume import Volume, write_nifti
 
 STRUCTURES = ("wmh", "ventricles", "brain")
@@ -202,3 +203,16 @@ def test_isotropic_scans_are_shown_in_other_planes_and_thick_ones_are_not() -> N
     assert {stream._plane(np.random.default_rng(seed), thick) for seed in range(20)} == {None}
     usual = TrainingStream(DataConfig(lanes=1), 7, 64, PreprocessConfig(), STRUCTURES)
     assert usual._plane(np.random.default_rng(0), thin) is None
+
+
+def test_scans_whose_lesions_cannot_be_seen_are_drawn_again() -> None:
+    config = DataConfig(lanes=1, min_excess=0.3)
+    stream = TrainingStream(config, 7, 64, PreprocessConfig(pixel_size_mm=3.0), STRUCTURES)
+    excess = []
+    for seed in range(4):
+        case, prepared = stream.visible_case(np.random.default_rng(seed))
+        lesions = to_model_grid(case.masks["wmh"], prepared) > 0.5
+        if lesions.any():
+            excess.append(float(np.median(prepared.slices[lesions])) / 0.4 - 1.0)
+    assert excess
+    assert min(excess) >= 0.3
