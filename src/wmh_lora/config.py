@@ -39,9 +39,11 @@ __all__ = [
     "to_dict",
 ]
 
-TtaMode = Literal["none", "flip", "d4"]
 PlaneMode = Literal["one", "all"]
+TtaMode = Literal["none", "flip", "d4"]
 TTA_MODES: tuple[TtaMode, ...] = ("none", "flip", "d4")
+PROBABILITY_STEPS = 4096
+"""Steps in which the engine tells probabilities."""
 Precision = Literal["auto", "float32", "bfloat16"]
 Adaptation = Literal["lora", "frozen", "full"]
 DecoderKind = Literal["pyramid", "upsampling"]

@@ -56,7 +56,7 @@ class Stack:
     columns: int = 0
 
 
-#: Sees those slices of a stack that are marked (S,); all for None.
+#: Sees those slices of a stack that are marked (S,).
 See = Callable[[Stack, NDArray[np.bool_]], SliceMaps]
 
 
@@ -128,7 +128,7 @@ def _other_stacks(
         if plane == slices.plane:
             continue
         turned = turn_planes(grid, slices.plane, plane)
-        marked, window = np.asarray(turned.any(axis=(1, 2))), _Window.whole(turned.shape)
+        marked, window = np.ones(len(turned), np.bool_), _Window.whole(turned.shape)
         if where is not None:
             marked, window = _near(turn_planes(where, slices.plane, plane), config)
         window = window.fitted(config.multiple_px)

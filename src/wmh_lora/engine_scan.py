@@ -12,7 +12,7 @@ from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
-from wmh_lora.config import InferenceConfig
+from wmh_lora.config import PROBABILITY_STEPS, InferenceConfig
 from wmh_lora.engine_views import STRUCTURE_LEVEL, SliceMaps
 from wmh_lora.logs import LOGGER
 from wmh_lora.postprocess import Lesion, describe_lesions, lesion_mask
@@ -32,7 +32,6 @@ __all__ = [
 Scan: TypeAlias = str | os.PathLike[str] | Volume | SpatialImage
 """A scan as it may be given: a file, a volume in memory, or an image of nibabel."""
 
-_PROBABILITY_STEPS = 4096.0
 _SMALLEST_REPORTED_SHARE = 1e-4  # of voxels without a finite value
 
 
@@ -58,9 +57,9 @@ class ScanMaps:
 def maps_on_scan(maps: SliceMaps, prepared: Prepared, *, structures: bool = True) -> ScanMaps:
     """Bring maps from the network's grid to the scan's; structures only if they are asked for."""
     native = restore(maps.probability, prepared)
-    native *= _PROBABILITY_STEPS
+    native *= PROBABILITY_STEPS
     np.rint(native, out=native)
-    native /= _PROBABILITY_STEPS
+    native /= PROBABILITY_STEPS
     np.clip(native, 0.0, 1.0, out=native)
     found = maps.structures if structures else {}
     return ScanMaps(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from wmh_lora.errors import ConfigError, DataError
+from wmh_lora.structures import bounding_box
 
 __all__ = [
     "Lesion",
@@ -121,9 +122,9 @@ def lesion_mask(
         If a setting is out of range.
     """
     mask = apply_threshold(probability, threshold)
-    if not mask.any():
+    box = bounding_box(mask)  # most of a scan is empty
+    if box is None:
         return mask
-    box = _bounds(mask)  # most of a scan is empty
     found = remove_faint_components(mask[box], probability[box], min_peak)
     mask[box] = remove_small_components(found, min_voxels)
     return mask
@@ -221,6 +222,10 @@ def describe_lesions(mask: NDArray[Any], affine: NDArray[np.float64]) -> list[Le
     DataError
         If the mask is not 3-D.
     """
+    box = bounding_box(mask) if mask.ndim == 3 else None
+    if box is not None:  # labels of a whole scan would take four times its mask
+        mask, affine = mask[box], np.array(affine, dtype=np.float64)
+        affine[:3, 3] += affine[:3, :3] @ [side.start for side in box]
     return label_lesions(mask, affine)[1]
 
 
@@ -248,12 +253,10 @@ def label_lesions(
     """
     if mask.ndim != 3:
         raise DataError(f"A lesion mask must be a 3-D array, found shape {mask.shape}.")
-    foreground = np.asarray(mask) != 0
-    labels = np.zeros(foreground.shape, dtype=np.int32)
-    if not foreground.any():
+    labels, count = ndimage.label(np.asarray(mask) != 0, structure=_FULL_CONNECTIVITY)
+    labels = np.asarray(labels, dtype=np.int32)
+    if count == 0:
         return labels, []
-    box = _bounds(foreground)
-    count = ndimage.label(foreground[box], structure=_FULL_CONNECTIVITY, output=labels[box])
     affine = np.asarray(affine, dtype=np.float64)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000.0
@@ -281,15 +284,6 @@ def label_lesions(
         )
     labels[indices] = rank_of[owner + 1]
     return labels, lesions
-
-
-def _bounds(mask: NDArray[Any]) -> tuple[slice, ...]:
-    """Smallest box around a mask that is not empty."""
-    bounds = []
-    for axis in range(mask.ndim):
-        present = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        bounds.append(slice(int(present[0]), int(present[-1]) + 1))
-    return tuple(bounds)
 
 
 def _axes_by_direction(affine: NDArray[np.float64]) -> list[int]:

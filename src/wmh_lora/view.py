@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -25,6 +25,7 @@ __all__ = [
 
 Plane = Literal["axial", "coronal", "sagittal"]
 PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
+"""All planes, the usual one first."""
 
 # World axis (right, anterior, superior) along slices, rows and columns. Slices ascend; rows descend
 # from anterior or superior, columns from the right or anterior.
@@ -129,21 +130,26 @@ def choose_view(volume: Volume, pixel_size_mm: float, plane: Plane | None = None
     orientation = io_orientation(volume.affine)
     native_of = [int(np.flatnonzero(orientation[:, 0] == world)[0]) for world in range(3)]
     spacing = [volume.spacing_mm[axis] for axis in native_of]  # along R, A, S
-    slice_world = 2 if plane is None else 2 - PLANES.index(plane)
-    thickest = int(np.argmax(spacing))
-    others = [s for i, s in enumerate(spacing) if i != thickest]
-    if plane is None and spacing[thickest] >= _THICK_RATIO * max(others):
-        slice_world = thickest
-    worlds = _WORLD_AXES[PLANES[2 - slice_world]]
+    plane = plane or _usual_plane(spacing)
+    worlds = _WORLD_AXES[plane]
     increasing = [orientation[native_of[w], 1] > 0 for w in worlds]
     return View(
-        plane=PLANES[2 - slice_world],
+        plane=plane,
         shape_native=volume.shape,
         axes=(native_of[worlds[0]], native_of[worlds[1]], native_of[worlds[2]]),
         flips=(not increasing[0], increasing[1], increasing[2]),
         spacing_mm=(spacing[worlds[0]], spacing[worlds[1]], spacing[worlds[2]]),
         pixel_size_mm=pixel_size_mm,
     )
+
+
+def _usual_plane(spacing_mm: Sequence[float]) -> Plane:
+    """Return the plane of slices, of voxels with these sizes along R, A and S."""
+    thickest = int(np.argmax(spacing_mm))
+    others = [step for axis, step in enumerate(spacing_mm) if axis != thickest]
+    if spacing_mm[thickest] < _THICK_RATIO * max(others):
+        return PLANES[0]
+    return next(plane for plane in PLANES if _WORLD_AXES[plane][0] == thickest)
 
 
 def turn_planes(stack: npt.NDArray[_Scalar], shown: Plane, wanted: Plane) -> npt.NDArray[_Scalar]:

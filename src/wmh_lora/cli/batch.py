@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -63,16 +63,9 @@ class Options:
     @property
     def inference(self) -> dict[str, Any]:
         """Fields of `wmh_lora.config.InferenceConfig`."""
-        names = (
-            "tta",
-            "planes",
-            "threshold",
-            "min_voxels",
-            "min_peak",
-            "adaptive",
-            "precision",
-            "max_memory",
-        )
+        from wmh_lora.config import InferenceConfig
+
+        names = [field.name for field in fields(InferenceConfig) if hasattr(self, field.name)]
         return {name: getattr(self, name) for name in names}
 
 
@@ -219,13 +212,8 @@ def run_plan(plan: Plan, options: Options) -> Outcome:
 
     from wmh_lora.report.outputs import output_folder
 
-    if options.t1 is not None and len(plan.scans) > 1:
-        raise ConfigError(
-            f"{options.t1} is the T1 of one scan, but {len(plan.scans)} are to be segmented; give "
-            "one at a time with --t1."
-        )
-    if options.t1 is not None and options.backend != "torch":
-        raise ConfigError(f"The backend {options.backend} takes no T1; leave --backend out.")
+    if options.t1 is not None:
+        _check_t1(plan, options)
     if options.page == "pdf":
         from wmh_lora.report.pdf import require_matplotlib
 
@@ -239,6 +227,17 @@ def run_plan(plan: Plan, options: Options) -> Outcome:
             if options.page == "html":
                 outcome.page = _write_page(outcome, options)
     return outcome
+
+
+def _check_t1(plan: Plan, options: Options) -> None:
+    """Refuse a T1 that cannot be shown, before a model is loaded."""
+    if len(plan.scans) > 1:
+        raise ConfigError(
+            f"{options.t1} is the T1 of one scan, but {len(plan.scans)} are to be segmented; give "
+            "one at a time with --t1."
+        )
+    if options.backend != "torch":
+        raise ConfigError(f"The backend {options.backend} takes no T1; leave --backend out.")
 
 
 def _segment_all(scans: Sequence[Scan], options: Options, outcome: Outcome) -> None:

@@ -184,7 +184,7 @@ class TrainingStream:
 
     def visible_case(self, rng: np.random.Generator) -> tuple[Case, Prepared]:
         """Draw synthetic scans until the lesions of one can be seen, or patience ends."""
-        for _ in range(_MOST_DRAWS):
+        for _ in range(_MOST_DRAWS if self.config.min_excess > 0 else 1):
             case = self.synthetic_case(rng)
             prepared = self._prepare(rng, case)
             lesions = to_model_grid(case.masks["wmh"], prepared) > 0.5

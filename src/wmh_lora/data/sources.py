@@ -75,7 +75,7 @@ class DataConfig:
     min_excess
         Synthetic scans whose lesions are brighter than white matter by a smaller share (median over
         their pixels) are drawn again, a few times: contrast, noise and clipping now and then leave
-        nothing of the lesions to see. Real ones measured 0.37 to 0.70.
+        nothing of the lesions to see. Real ones measured 0.37 to 0.70. 0 takes every scan.
     other_planes_share
         Fraction of the scans with equal voxel sizes that are shown in coronal or sagittal slices,
         for models that look at such scans in all three planes.

@@ -18,16 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
+from wmh_lora.config import PROBABILITY_STEPS
 from wmh_lora.errors import DataError
 
 __all__ = ["Calibration", "ProbabilityCounts", "ReliabilityBin", "fit_calibration"]
 
 FloatArray = NDArray[np.float64]
 
-STEPS = 4096
-"""Steps of a probability, as the engine rounds it."""
-
-_HALF_STEP = 0.5 / STEPS
+_LEVELS = np.arange(PROBABILITY_STEPS + 1) / PROBABILITY_STEPS
+_HALF_STEP = 0.5 / PROBABILITY_STEPS
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,11 @@ class ProbabilityCounts:
         counted : bool array (I, J, K)
             Voxels that take part: the brain, say, less what is other pathology.
         """
-        steps = np.rint(probability[counted] * STEPS).astype(np.int64)
+        steps = np.rint(probability[counted] * PROBABILITY_STEPS).astype(np.int64)
         inside = lesion[counted]
         return cls(
-            np.bincount(steps, minlength=STEPS + 1),
-            np.bincount(steps[inside], minlength=STEPS + 1),
+            np.bincount(steps, minlength=len(_LEVELS)),
+            np.bincount(steps[inside], minlength=len(_LEVELS)),
         )
 
     def __add__(self, other: ProbabilityCounts) -> ProbabilityCounts:
@@ -91,7 +90,7 @@ class ProbabilityCounts:
 
     def loss(self, calibration: Calibration | None = None) -> float:
         """Mean cross-entropy of the corrected probabilities, in nats a voxel."""
-        p = (calibration or Calibration()).apply(np.arange(STEPS + 1) / STEPS)
+        p = (calibration or Calibration()).apply(_LEVELS)
         others = self.voxels - self.lesion
         total = -(self.lesion * np.log(p) + others * np.log1p(-p)).sum()
         return float(total / self.voxels.sum())
@@ -100,7 +99,7 @@ class ProbabilityCounts:
         self, calibration: Calibration | None = None, bins: int = 10
     ) -> list[ReliabilityBin]:
         """Compare probability and observed share in bins of equal width, without empty ones."""
-        p = (calibration or Calibration()).apply(np.arange(STEPS + 1) / STEPS)
+        p = (calibration or Calibration()).apply(_LEVELS)
         owner = np.minimum((p * bins).astype(np.int64), bins - 1)
         voxels = np.bincount(owner, self.voxels, minlength=bins)
         lesion = np.bincount(owner, self.lesion, minlength=bins)

@@ -107,7 +107,7 @@ def _at_threshold(
     """Measures (S,) of the components of ``found`` that hold one of the peaks, for each size."""
     labels, count = label_lesions(found)
     voxels = np.bincount(labels.ravel(), minlength=count + 1)
-    voxels[np.bincount(labels[peaks], minlength=count + 1) == 0] = 0
+    voxels[np.bincount(labels[found & peaks], minlength=count + 1) == 0] = 0
     voxels[0] = 0
     touching = labels[reference.lesions]
     hits = np.bincount(touching, minlength=count + 1)

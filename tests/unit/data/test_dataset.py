@@ -216,3 +216,22 @@ def test_scans_whose_lesions_cannot_be_seen_are_drawn_again() -> None:
             excess.append(float(np.median(prepared.slices[lesions])) / 0.4 - 1.0)
     assert excess
     assert min(excess) >= 0.3
+
+
+@pytest.mark.parametrize(("min_excess", "draws"), [(0.0, 1), (0.2, 4)])
+def test_patience_ends_and_nothing_is_asked_by_default(
+    monkeypatch: pytest.MonkeyPatch, min_excess: float, draws: int
+) -> None:
+    config = DataConfig(lanes=1, min_excess=min_excess)
+    stream = TrainingStream(config, 7, 64, PreprocessConfig(pixel_size_mm=3.0), STRUCTURES)
+    case = stream.synthetic_case(np.random.default_rng(0))
+    dark = {**case.masks, "wmh": case.masks["ventricles"]}
+    drawn: list[Case] = []
+
+    def draw(rng: np.random.Generator) -> Case:
+        drawn.append(Case(case.volume, dark))
+        return drawn[-1]
+
+    monkeypatch.setattr(stream, "synthetic_case", draw)
+    assert stream.visible_case(np.random.default_rng(0))[0] is drawn[-1]
+    assert len(drawn) == draws
