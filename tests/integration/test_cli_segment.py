@@ -290,6 +290,12 @@ class TestT1:
         assert result.exit_code == 2
         assert "one at a time" in result.stderr
 
+    def test_is_not_to_be_registered_where_there_is_none(self, tmp_path: Path, run: Run) -> None:
+        write_head(tmp_path / "a_FLAIR.nii.gz")
+        result = run("a_FLAIR.nii.gz", options=("--register-t1",))
+        assert result.exit_code == 2
+        assert "--t1 FILE" in result.stderr
+
     def test_a_model_of_flair_alone_says_so(self, tmp_path: Path, run: Run) -> None:
         scan = write_head(tmp_path / "a_FLAIR.nii.gz")
         result = run(scan.name, options=("--t1", str(scan)))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from wmh_lora.cli.errors import describe_error
+from wmh_lora.cli.imports import without_collection
 from wmh_lora.errors import ConfigError, DataError
 from wmh_lora.files import find_images, image_stem, open_atomic
 
@@ -210,7 +211,8 @@ def run_plan(plan: Plan, options: Options) -> Outcome:
     if not plan.scans:
         return outcome
 
-    from wmh_lora.report.outputs import output_folder
+    with without_collection():
+        from wmh_lora.report.outputs import output_folder
 
     if options.t1 is not None:
         _check_t1(plan, options)
@@ -329,9 +331,10 @@ def _files_of(scan: Scan, options: Options) -> OutputFiles:
 
 
 def _make_engine(options: Options) -> WMHInferenceEngine:
-    import torch
+    with without_collection():
+        import torch
 
-    from wmh_lora.engine import WMHInferenceEngine, choose_device, load_model
+        from wmh_lora.engine import WMHInferenceEngine, choose_device, load_model
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

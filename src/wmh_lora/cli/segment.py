@@ -173,6 +173,8 @@ def segment(
     """  # noqa: D301 -- \b keeps click from joining the lines of the list
     from wmh_lora.cli.batch import Options, Outcome, plan_scans, run_plan
 
+    if settings["register_t1"] and settings["t1"] is None:
+        raise click.UsageError("--register-t1 needs the T1: name it with --t1 FILE.")
     options = Options(out_dir=out_dir, quiet=as_json, debug=ctx.obj["debug"], **settings)
     outcome: Outcome = run_plan(plan_scans(inputs), options)
     if as_json:

@@ -24,14 +24,13 @@ from wmh_lora.data.fields import FloatArray
 from wmh_lora.data.lesions import MaskBank
 from wmh_lora.data.slices import SliceStream
 from wmh_lora.data.sources import (
-    IGNORED,
     DataConfig,
     Sample,
     read_labelled,
     read_masks,
     require_t1,
 )
-from wmh_lora.data.synthesis import Case, synthesize
+from wmh_lora.data.synthesis import IGNORED, Case, synthesize
 from wmh_lora.errors import DataError
 from wmh_lora.preprocess import (
     WHITE_MATTER_LEVEL,
@@ -288,13 +287,10 @@ class TrainingStream:
                 )
                 for scan in part.scans
             ]
-        root = self.config.path(self.config.real)
-        images = sorted(root.glob("sub-*/anat/*_FLAIR.nii.gz"))
-        if not images:
-            raise DataError(f"{root}: no sub-*/anat/*_FLAIR.nii.gz there.")
         return [
             _Files(image, _bids_masks(root, image), _bids_t1(image) if self.t1_channels else None)
-            for image in images
+            for root in map(self.config.path, self.config.real)
+            for image in _bids_images(root)
         ]
 
 
@@ -326,6 +322,13 @@ def possible_caps(
             distance_px = ndimage.distance_transform_edt(~plane)
             near[index] = distance_px * prepared.config.pixel_size_mm <= reach_mm
     return near & bright
+
+
+def _bids_images(root: Path) -> list[Path]:
+    images = sorted(root.glob("sub-*/anat/*_FLAIR.nii.gz"))
+    if not images:
+        raise DataError(f"{root}: no sub-*/anat/*_FLAIR.nii.gz there.")
+    return images
 
 
 def _bids_masks(root: Path, image: Path) -> list[tuple[str, Path]]:

@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from wmh_lora.config import PreprocessConfig, from_dict, to_dict
 from wmh_lora.data.manifest import Scan
-from wmh_lora.data.sources import IGNORED, LabelledScans, read_masks
+from wmh_lora.data.sources import LabelledScans, read_masks
+from wmh_lora.data.synthesis import IGNORED
 from wmh_lora.files import open_atomic
 from wmh_lora.preprocess import PREPROCESS_VERSION, Prepared, preprocess, to_model_grid
 from wmh_lora.t1 import T1_VERSION, prepare_t1

@@ -13,12 +13,11 @@ import numpy.typing as npt
 from wmh_lora.data.fields import FloatArray
 from wmh_lora.data.manifest import Manifest, Scan, read_manifest
 from wmh_lora.data.split import Part, Split, read_split
-from wmh_lora.data.synthesis import Case
+from wmh_lora.data.synthesis import IGNORED, Case
 from wmh_lora.errors import ConfigError, DataError
 from wmh_lora.volume import Volume
 
 __all__ = [
-    "IGNORED",
     "OTHER_PATHOLOGY",
     "DataConfig",
     "LabelledScans",
@@ -27,9 +26,6 @@ __all__ = [
     "read_masks",
 ]
 __all__ += ["relative_to_root", "require_t1"]
-
-IGNORED = "ignored"
-"""Name, among a case's masks, of what is neither lesion nor background."""
 
 OTHER_PATHOLOGY = 2
 """Label of what is neither lesion nor background, in the masks of the WMH challenge."""
@@ -55,8 +51,8 @@ class DataConfig:
     exclude_masks
         Subjects whose mask must not be seen, such as those of a validation scan.
     real
-        BIDS folder of labelled scans (``derivatives/manual`` holds the masks), in place of a
-        manifest; empty for none.
+        BIDS folders of labelled scans (``derivatives/manual`` holds the masks), in place of a
+        manifest; every scan is as likely to be drawn.
     cache
         Folder for anatomies once registered, and for scans once preprocessed; the latter go to
         ``cache`` in the run's folder by default.
@@ -94,7 +90,7 @@ class DataConfig:
     labelmaps: str = ""
     lesion_masks: str = ""
     exclude_masks: tuple[str, ...] = ()
-    real: str = ""
+    real: tuple[str, ...] = ()
     cache: str = ""
     mni_share: float = 0.12
     lanes: int = 8

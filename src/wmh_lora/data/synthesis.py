@@ -18,11 +18,18 @@ from wmh_lora.data.anatomy import FIELD_STEP_MM, Anatomy, Tissue, mni_anatomy
 from wmh_lora.data.fields import FloatArray, smooth_field, uniform, upsample
 from wmh_lora.data.lesions import MaskBank, draw_lesions, ventricle_distance
 from wmh_lora.data.painting import paint
+from wmh_lora.data.visibility import judge_visibility
 from wmh_lora.volume import Volume
 
 LabelArray = npt.NDArray[np.uint8]
 
 STRUCTURES = ("wmh", "ventricles", "brain")
+
+IGNORED = "ignored"
+"""Name, among a case's masks, of what is neither lesion nor background."""
+
+_NORMAL = (Tissue.WHITE_MATTER, Tissue.BRAINSTEM, Tissue.CEREBELLAR_WHITE)
+"""What lesions are compared with."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Case:
         The scan.
     masks
         Structure name to (I, J, K) float32 in [0, 1]; a structure that nobody drew is absent.
+        `IGNORED` may be among them.
     files
         Where they were read from; empty for synthetic scans.
     """
@@ -59,7 +67,8 @@ def synthesize(rng: np.random.Generator, anatomy: Anatomy, bank: MaskBank | None
     Returns
     -------
     Case
-        All three of :data:`STRUCTURES`, on the scan's grid.
+        All three of :data:`STRUCTURES`, on the scan's grid, and what of the lesions is too faint
+        there to tell (`IGNORED`).
     """
     tissue, to_mni_mm = deform(rng, anatomy)
     distance_mm = ventricle_distance(tissue)
@@ -71,13 +80,17 @@ def synthesize(rng: np.random.Generator, anatomy: Anatomy, bank: MaskBank | None
     if not anatomy.has_head or rng.random() < 0.45:
         keep = _brain_extraction(rng, smooth)
     masks = np.stack(
-        [reference, tissue == Tissue.VENTRICLE, smooth > 0.35], dtype=np.float32, casting="unsafe"
+        [reference, tissue == Tissue.VENTRICLE, smooth > 0.35, np.isin(tissue, _NORMAL)],
+        dtype=np.float32,
+        casting="unsafe",
     )
     scan = acquire(rng, painted, masks, keep)
+    volume = Volume(scan.image, scan.affine)
     # readers outline what looks bright in a slice, also where it fills a little less than half
-    filled = scan.masks > np.array([0.4, 0.5, 0.5])[:, None, None, None]
-    named = dict(zip(STRUCTURES, filled.astype(np.float32), strict=True))
-    return Case(Volume(scan.image, scan.affine), named)
+    lesion, *structures, normal = scan.masks > np.array([0.4, 0.5, 0.5, 0.5])[:, None, None, None]
+    visible, doubtful = judge_visibility(scan.image, lesion, normal, volume.spacing_mm)
+    named = dict(zip((*STRUCTURES, IGNORED), (visible, *structures, doubtful), strict=True))
+    return Case(volume, {name: mask.astype(np.float32) for name, mask in named.items()})
 
 
 def deform(rng: np.random.Generator, anatomy: Anatomy) -> tuple[LabelArray, FloatArray]:

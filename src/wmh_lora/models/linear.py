@@ -1,10 +1,12 @@
 """Layers that compute, where no gradient is wanted, in one pass with what follows them.
 
-PyTorch multiplies float32 matrices with MKL, and builds in oneDNN as well, whose product takes
-about a fifth less time on processors that MKL was not written for. oneDNN also applies an
-activation or adds a second tensor while results are still in the processor's cache. Its operators
-have no public names; without them, with gradients, under autocast, on other devices and while a
-graph is traced, PyTorch's usual layers do the work. The results differ by rounding alone.
+PyTorch multiplies float32 matrices with MKL, and builds in oneDNN as well. With AVX512, oneDNN's
+product takes about a fifth less time on processors that MKL was not written for, and applies an
+activation or adds a second tensor while results are still in the processor's cache. Without AVX512
+its product is no faster, and its GELU takes several times as long as PyTorch's, which then follows
+in place; convolutions stay with oneDNN. Its operators have no public names; without them, with
+gradients, under autocast, on other devices and while a graph is traced, PyTorch's usual layers do
+the work. The results differ by rounding alone.
 """
 
 from __future__ import annotations
@@ -98,22 +100,25 @@ def is_traced() -> bool:
 
 def _linear(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     tokens = _rounded(tokens, weight)
-    if _has_operator(_PRODUCT, tokens, weight):
+    if _has_product(tokens, weight):
         return _product(tokens, weight, bias, *_NOTHING)
     return F.linear(tokens, weight, bias)
 
 
 def _linear_gelu(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     tokens = _rounded(tokens, weight)
-    if _has_operator(_PRODUCT, tokens, weight):
+    if _has_product(tokens, weight):
         return _product(tokens, weight, bias, *_GELU)
-    return F.gelu(F.linear(tokens, weight, bias))
+    out = F.linear(tokens, weight, bias)
+    return torch.ops.aten.gelu_(out) if _may_overwrite(out) else F.gelu(out)
 
 
 def _linear_sum(tokens: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     tokens = _rounded(tokens, weight)
-    if not _has_operator(_PRODUCT, tokens, weight, other):
-        return other + _linear(tokens, weight, bias)
+    if not _has_product(tokens, weight, other):
+        product = F.linear(tokens, weight, bias)
+        in_place = _may_overwrite(product) and product.dtype == other.dtype
+        return product.add_(other) if in_place else other + product
     operator = getattr(torch.ops.mkldnn, _PRODUCT).binary
     out: Tensor = operator(tokens, other, weight, bias, "add")
     return out
@@ -122,6 +127,21 @@ def _linear_sum(tokens: Tensor, other: Tensor, weight: Tensor, bias: Tensor | No
 def _rounded(values: Tensor, weight: Tensor) -> Tensor:
     """Values for a layer whose weights have been rounded to bfloat16."""
     return values.to(weight.dtype) if weight.dtype == torch.bfloat16 else values
+
+
+def _has_product(values: Tensor, weight: Tensor, other: Tensor | None = None) -> bool:
+    return _favours_onednn() and _has_operator(_PRODUCT, values, weight, other)
+
+
+@cache
+def _favours_onednn() -> bool:
+    """Whether its matrix products are the faster ones on this processor."""
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+def _may_overwrite(values: Tensor) -> bool:
+    """Whether nothing, no gradient and no graph, needs a result that has just been computed."""
+    return not (values.requires_grad or torch.is_grad_enabled() or is_traced())
 
 
 def _has_operator(name: str, values: Tensor, weight: Tensor, other: Tensor | None = None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -187,14 +188,19 @@ class Segmentation:
             If a PDF is asked for and matplotlib is not installed.
         """
         files = output_files(out_dir, stem or self._stem, page)
-        with saved_together(files.present, overwrite=overwrite) as temporary:
+        with (
+            saved_together(files.present, overwrite=overwrite) as temporary,
+            ThreadPoolExecutor(1) as aside,
+        ):
             partial = OutputFiles(*(temporary[path] for path in files.present))
             write_nifti(partial.mask, self.mask, self.volume)
             write_nifti(partial.probability, self.probability, self.volume)
+            # packing it takes as long as a third of the report
+            encoded = aside.submit(self.picture(reference).save, partial.picture)
             report = self.report()
             text = json.dumps(report, indent=2, ensure_ascii=False)
             partial.report.write_text(text + "\n", encoding="utf-8")
-            self.picture(reference).save(partial.picture)
+            encoded.result()
             if partial.page is not None:
                 picture_png = partial.picture.read_bytes()
                 partial.page.write_bytes(self._page(page, report, picture_png))

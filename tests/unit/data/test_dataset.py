@@ -47,7 +47,7 @@ def real_folder(root: Path) -> Path:
 @pytest.fixture
 def stream(tmp_path: Path) -> TrainingStream:
     config = DataConfig(
-        root=str(real_folder(tmp_path)), real=".", lanes=2, real_lanes=2, crops_per_scan=3
+        root=str(real_folder(tmp_path)), real=(".",), lanes=2, real_lanes=2, crops_per_scan=3
     )
     return TrainingStream(config, 7, 64, PreprocessConfig(pixel_size_mm=2.0), STRUCTURES)
 
@@ -110,7 +110,7 @@ def test_lanes_change_scans_at_different_times() -> None:
 
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="real_lanes"):
-        DataConfig(lanes=2, real_lanes=3, real="x")
+        DataConfig(lanes=2, real_lanes=3, real=("x",))
     with pytest.raises(ConfigError, match=r"data\.real"):
         DataConfig(real_lanes=1)
     with pytest.raises(ConfigError, match="cache"):
@@ -119,7 +119,7 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="colour"):
         build_stream({"colour": 1}, *arguments)
     with pytest.raises(DataError, match="FLAIR"):
-        build_stream({"root": str(tmp_path), "real": ".", "real_lanes": 1}, *arguments)
+        build_stream({"root": str(tmp_path), "real": ["."], "real_lanes": 1}, *arguments)
 
 
 def test_a_crop_keeps_image_and_target_together() -> None:
@@ -181,7 +181,7 @@ def test_caps_are_left_open_in_scans_without_a_head_alone(
     write_nifti(manual / "sub-01_space-orig_label-ventricles_mask.nii.gz", ventricles, volume)
     config = DataConfig(
         root=str(root),
-        real=".",
+        real=(".",),
         lanes=1,
         real_lanes=1,
         crops_per_scan=2,

@@ -167,7 +167,7 @@ def test_an_empty_training_part_is_an_error(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"split": ""}, r"data\.manifest and data\.split"),
-        ({"real": "bids"}, "keep one"),
+        ({"real": ["bids"]}, "keep one"),
         ({"background_share": 1.5}, "background_share"),
         ({"fold": "fold-9"}, "fold-9"),
         ({"manifset": "x"}, "did you mean 'manifest'"),

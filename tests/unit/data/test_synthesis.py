@@ -22,7 +22,7 @@ from wmh_lora.data.lesions import (
     ventricle_distance,
 )
 from wmh_lora.data.painting import LESION_CONTRAST, paint, tissue_contrast
-from wmh_lora.data.synthesis import STRUCTURES, demo_case, synthesize
+from wmh_lora.data.synthesis import IGNORED, STRUCTURES, demo_case, synthesize
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,8 @@ def test_scans_are_finite_and_share_a_grid_with_their_masks(small_anatomy: Anato
         case = synthesize(np.random.default_rng(seed), small_anatomy, None)
         assert np.isfinite(case.volume.data).all()
         assert case.volume.data.std() > 0
-        assert set(case.masks) == set(STRUCTURES)
+        assert set(case.masks) == {*STRUCTURES, IGNORED}
+        assert not (case.masks["wmh"] * case.masks[IGNORED]).any()
         for mask in case.masks.values():
             assert mask.shape == case.volume.shape
             assert set(np.unique(mask)) <= {0.0, 1.0}

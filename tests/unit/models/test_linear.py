@@ -23,6 +23,13 @@ def _tokens(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(params=[True, False], ids=["onednn", "mkl"], autouse=True)
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test runs as on a processor whose products are oneDNN's, and as on another."""
+    monkeypatch.setattr(linear, "_favours_onednn", lambda: request.param)
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 5, 24), (0, 24)])
 def test_inference_equals_a_plain_layer(shape: tuple[int, ...], bias: bool) -> None:
@@ -120,6 +127,16 @@ def test_without_private_operators_what_follows_is_computed_after(
         out = layer(values)
         torch.testing.assert_close(layer_gelu(layer, values), F.gelu(out))
         torch.testing.assert_close(layer_sum(layer, values, out), out + out)
+
+
+def test_what_is_given_is_never_overwritten() -> None:
+    layer, values = Linear(24, 24), _tokens(5, 24)
+    before = values.clone()
+    with torch.inference_mode():
+        layer_sum(layer, values, values)
+        layer_gelu(layer, values)
+        layer_gelu(nn.Identity(), values)
+    assert torch.equal(values, before)
 
 
 def test_a_graph_holds_public_operators_alone() -> None:

@@ -1,0 +1,85 @@
+"""Label scans that nobody has labelled with a model, for training on (Lee, ICML workshop 2013).
+
+    python tools/pseudo_label.py MODEL --images DIR -o DIR
+
+Every FLAIR scan under ``--images`` becomes one subject of a BIDS folder that ``data.real`` of a
+training file can name. Of the lesions, only what the model is sure of is labelled: components that
+reach ``--sure`` are lesions (1), what is below ``--doubt`` is background (0), and the rest is
+neither (2), which training ignores. Nothing outside the brain that the model outlines is a lesion.
+Other structures are left unlabelled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from wmh_lora.data.sources import OTHER_PATHOLOGY
+from wmh_lora.engine import WMHInferenceEngine, load_model
+from wmh_lora.postprocess import apply_threshold, remove_faint_components
+from wmh_lora.volume import Volume, write_nifti
+
+NEAR_BRAIN_MM = 3.0
+"""How far outside the outlined brain a lesion may lie: outlines err by that much."""
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--sure", type=float, default=0.85)
+    parser.add_argument("--doubt", type=float, default=0.1)
+    given = parser.parse_args()
+    engine = WMHInferenceEngine(load_model(given.model), "cpu")
+    settings = engine.settings(tta="flip", adaptive=False)
+    images = sorted(given.images.rglob("*_FLAIR.nii.gz"))
+    for number, image in enumerate(images, start=1):
+        volume = Volume.read(image)
+        maps = engine.predict_maps(engine.prepare(volume), settings)
+        near = _grow(maps.structure_masks["brain"] > 0, volume.spacing_mm)
+        labels = pseudo_labels(maps.probability, near, settings.threshold, given.sure, given.doubt)
+        subject = f"sub-{number:02}"
+        scan = given.output / subject / "anat" / f"{subject}_FLAIR.nii.gz"
+        mask = given.output / "derivatives" / "manual" / subject / "anat"
+        for folder in (scan.parent, mask):
+            folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(image, scan)
+        write_nifti(
+            mask / f"{subject}_space-orig_label-WMH_mask.nii.gz", labels, volume, overwrite=True
+        )
+        voxel_ml = float(np.prod(volume.spacing_mm)) / 1000.0
+        counts = [round(float((labels == value).sum()) * voxel_ml, 2) for value in (1, 2)]
+        sys.stdout.write(f"{subject} {image.name}: lesions {counts[0]} mL, open {counts[1]} mL\n")
+
+
+def pseudo_labels(
+    probability: npt.NDArray[np.floating],
+    brain: npt.NDArray[np.bool_],
+    threshold: float,
+    sure: float,
+    doubt: float,
+) -> npt.NDArray[np.uint8]:
+    """Return (I, J, K) 1 where a lesion is certain, 2 where nothing is, 0 where there is none."""
+    inside = np.where(brain, probability, 0.0).astype(probability.dtype)
+    lesion = remove_faint_components(apply_threshold(inside, threshold), inside, sure)
+    unsure = apply_threshold(inside, doubt) & ~lesion.astype(np.bool_)
+    return np.where(unsure, np.uint8(OTHER_PATHOLOGY), lesion)
+
+
+def _grow(
+    mask: npt.NDArray[np.bool_], spacing_mm: tuple[float, float, float]
+) -> npt.NDArray[np.bool_]:
+    distance_mm = ndimage.distance_transform_edt(~mask, sampling=spacing_mm)
+    return np.asarray(distance_mm <= NEAR_BRAIN_MM)
+
+
+if __name__ == "__main__":
+    main()
