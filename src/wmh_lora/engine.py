@@ -20,7 +20,7 @@ from torch import nn
 
 from wmh_lora.config import InferenceConfig, PreprocessConfig, TtaMode, from_dict
 from wmh_lora.engine_device import NetworkOnDevice, choose_device, choose_dtype, device_errors
-from wmh_lora.engine_memory import ScanSize, batch_within
+from wmh_lora.engine_memory import ScanSize, planes_within
 from wmh_lora.engine_planes import Stack, average_planes, whole_stack
 from wmh_lora.engine_scan import (
     Scan,
@@ -423,7 +423,7 @@ class WMHInferenceEngine:
         planes = 3 if config.planes == "all" and prepared.view.is_isotropic else 1
         if config.max_memory is not None:
             scan = ScanSize.of(prepared, views=len(views), planes=planes)
-            batch_size = batch_within(config.max_memory, scan, self._encoder, batch_size)
+            planes, batch_size = planes_within(config.max_memory, scan, self._encoder, batch_size)
         dtype = choose_dtype(self.device, config.precision)
         steps = None if progress is None else JoinedProgress(progress, planes)
 

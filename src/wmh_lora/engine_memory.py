@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wmh_lora.errors import ConfigError
+from wmh_lora.logs import LOGGER
 from wmh_lora.preprocess import Prepared
 from wmh_lora.sizes import format_size, parse_size
 
-__all__ = ["ScanSize", "batch_within", "resident_bytes"]
+__all__ = ["ScanSize", "batch_within", "planes_within", "resident_bytes"]
 
 # Bytes a pixel of a slice, float32; encoders that are not listed count as the hungriest.
 _ACTIVATIONS = {"compact": 1200, "medsam-vit-b": 900, "sam-vit-b": 900}
@@ -104,6 +105,35 @@ def batch_within(max_memory: str, scan: ScanSize, encoder: str, wanted: int) -> 
             + (", or leave out test-time augmentation." if scan.views > 1 else ".")
         )
     return batch
+
+
+def planes_within(max_memory: str, scan: ScanSize, encoder: str, wanted: int) -> tuple[int, int]:
+    """Return in how many planes a scan can be seen within a limit, and the batch for them.
+
+    Where there is no room for all planes there may be for one, which is said in a warning.
+
+    Parameters
+    ----------
+    max_memory, scan, encoder, wanted
+        See `batch_within`.
+
+    Raises
+    ------
+    ConfigError
+        If one slice of one plane at a time is too much.
+    """
+    try:
+        return scan.planes, batch_within(max_memory, scan, encoder, wanted)
+    except ConfigError:
+        if scan.planes == 1:
+            raise
+    batch = batch_within(max_memory, replace(scan, planes=1), encoder, wanted)
+    LOGGER.warning(
+        "Memory of %s has no room for %d planes; the scan is seen in one alone.",
+        max_memory,
+        scan.planes,
+    )
+    return 1, batch
 
 
 def resident_bytes() -> int:

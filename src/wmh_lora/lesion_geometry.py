@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from wmh_lora.postprocess import Lesion, label_lesions
+from wmh_lora.postprocess import Lesion, label_lesions, lesion_box
 from wmh_lora.structures import BoolArray, bounding_box, surface
 
 __all__ = [
@@ -71,11 +71,13 @@ def lesion_voxels(mask: NDArray[Any], affine: NDArray[np.float64]) -> LesionVoxe
     DataError
         If the mask is not 3-D.
     """
-    labels, lesions = label_lesions(mask, affine)
-    indices = np.nonzero(labels)
-    owner = labels[indices].astype(np.int64) - 1
+    box, within = lesion_box(mask, affine)
+    labels, lesions = label_lesions(mask[box], within)
+    found = np.nonzero(labels)
+    owner = labels[found].astype(np.int64) - 1
     order = np.argsort(owner, kind="stable")
-    return LesionVoxels(np.stack(indices)[:, order], owner[order], lesions, np.asarray(affine))
+    indices = np.stack(found)[:, order] + [[side.start] for side in box]
+    return LesionVoxels(indices, owner[order], lesions, np.asarray(affine))
 
 
 def distances_mm(voxels: LesionVoxels, target: BoolArray) -> FloatArray:

@@ -22,6 +22,7 @@ __all__ = [
     "apply_threshold",
     "describe_lesions",
     "label_lesions",
+    "lesion_box",
     "lesion_mask",
     "remove_faint_components",
     "remove_small_components",
@@ -125,8 +126,7 @@ def lesion_mask(
     box = bounding_box(mask)  # most of a scan is empty
     if box is None:
         return mask
-    found = remove_faint_components(mask[box], probability[box], min_peak)
-    mask[box] = remove_small_components(found, min_voxels)
+    mask[box] = _keep_components(mask[box], min_voxels, probability[box], min_peak)
     return mask
 
 
@@ -149,15 +149,7 @@ def remove_small_components(mask: NDArray[Any], min_voxels: int) -> NDArray[np.u
     ConfigError
         If ``min_voxels`` is negative.
     """
-    if min_voxels < 0:
-        raise ConfigError(f"The smallest lesion size must be 0 voxels or more, found {min_voxels}.")
-    foreground = np.asarray(mask) != 0
-    if min_voxels <= 1:
-        return np.asarray(foreground, dtype=np.uint8)
-    labels, _ = ndimage.label(foreground, structure=_FULL_CONNECTIVITY)
-    keep = np.bincount(labels.ravel()) >= min_voxels
-    keep[0] = False
-    return np.asarray(keep[labels], dtype=np.uint8)
+    return _keep_components(mask, min_voxels)
 
 
 def remove_faint_components(
@@ -188,15 +180,31 @@ def remove_faint_components(
     >>> remove_faint_components([[[1, 1, 0, 1]]], np.array([[[0.6, 0.9, 0.1, 0.7]]]), 0.8)
     array([[[1, 1, 0, 0]]], dtype=uint8)
     """
+    return _keep_components(mask, 0, probability, min_peak)
+
+
+def _keep_components(
+    mask: NDArray[Any],
+    min_voxels: int,
+    probability: NDArray[Any] | None = None,
+    min_peak: float = 0.0,
+) -> NDArray[np.uint8]:
+    """Keep the components that are large enough and, given probabilities, reach a peak."""
+    if min_voxels < 0:
+        raise ConfigError(f"The smallest lesion size must be 0 voxels or more, found {min_voxels}.")
     if not 0.0 <= min_peak <= 1.0:
         raise ConfigError(f"The peak of a lesion must lie between 0 and 1, found {min_peak}.")
     foreground = np.asarray(mask) != 0
-    if min_peak == 0:
+    if min_voxels <= 1 and min_peak == 0:
         return np.asarray(foreground, dtype=np.uint8)
     labels, count = ndimage.label(foreground, structure=_FULL_CONNECTIVITY)
-    keep = np.zeros(count + 1, dtype=np.bool_)
-    level = np.asarray(min_peak, dtype=probability.dtype)
-    keep[np.unique(labels[foreground & (probability >= level)])] = True
+    # of lesion voxels alone: counting casts to 8 bytes each
+    keep = np.bincount(labels[foreground], minlength=count + 1) >= min_voxels
+    if probability is not None and min_peak > 0:
+        reached = np.zeros_like(keep)
+        level = np.asarray(min_peak, dtype=probability.dtype)
+        reached[np.unique(labels[foreground & (probability >= level)])] = True
+        keep &= reached
     keep[0] = False
     return np.asarray(keep[labels], dtype=np.uint8)
 
@@ -222,11 +230,32 @@ def describe_lesions(mask: NDArray[Any], affine: NDArray[np.float64]) -> list[Le
     DataError
         If the mask is not 3-D.
     """
-    box = bounding_box(mask) if mask.ndim == 3 else None
-    if box is not None:  # labels of a whole scan would take four times its mask
-        mask, affine = mask[box], np.array(affine, dtype=np.float64)
-        affine[:3, 3] += affine[:3, :3] @ [side.start for side in box]
-    return label_lesions(mask, affine)[1]
+    box, affine = lesion_box(mask, affine)
+    return label_lesions(mask[box], affine)[1]
+
+
+def lesion_box(
+    mask: NDArray[Any], affine: NDArray[np.float64]
+) -> tuple[tuple[slice, slice, slice], NDArray[np.float64]]:
+    """Return the box that holds every lesion, and the affine of what it cuts out.
+
+    Labels of a whole scan would take four times the memory of its mask.
+
+    Parameters
+    ----------
+    mask, affine
+        As for `describe_lesions`; without a lesion the box holds one voxel.
+
+    Raises
+    ------
+    DataError
+        If the mask is not 3-D.
+    """
+    _require_3d(mask)
+    box = bounding_box(mask) or (slice(0, 1), slice(0, 1), slice(0, 1))
+    moved = np.array(affine, dtype=np.float64)
+    moved[:3, 3] += moved[:3, :3] @ [side.start for side in box]
+    return box, moved
 
 
 def label_lesions(
@@ -251,8 +280,7 @@ def label_lesions(
     DataError
         If the mask is not 3-D.
     """
-    if mask.ndim != 3:
-        raise DataError(f"A lesion mask must be a 3-D array, found shape {mask.shape}.")
+    _require_3d(mask)
     labels, count = ndimage.label(np.asarray(mask) != 0, structure=_FULL_CONNECTIVITY)
     labels = np.asarray(labels, dtype=np.int32)
     if count == 0:
@@ -284,6 +312,11 @@ def label_lesions(
         )
     labels[indices] = rank_of[owner + 1]
     return labels, lesions
+
+
+def _require_3d(mask: NDArray[Any]) -> None:
+    if mask.ndim != 3:
+        raise DataError(f"A lesion mask must be a 3-D array, found shape {mask.shape}.")
 
 
 def _axes_by_direction(affine: NDArray[np.float64]) -> list[int]:

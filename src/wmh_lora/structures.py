@@ -253,17 +253,29 @@ def _voxel_ml(affine: NDArray[Any]) -> float:
 
 
 def _largest_component(mask: BoolArray) -> BoolArray:
-    labels, count = ndimage.label(mask)
+    labels, count = _label(mask)
     if count <= 1:
         return mask
-    sizes = np.bincount(labels.ravel())
+    # slice by slice: counting casts to 8 bytes a voxel
+    sizes = np.zeros(count + 1, dtype=np.int64)
+    for part in labels:
+        sizes += np.bincount(part.ravel(), minlength=count + 1)
     sizes[0] = 0
     return np.asarray(labels == int(sizes.argmax()), dtype=np.bool_)
 
 
+def _label(mask: BoolArray) -> tuple[NDArray[Any], int]:
+    """Number the components, in two bytes a voxel where that is enough."""
+    try:
+        labels, count = ndimage.label(mask, output=np.uint16)
+    except RuntimeError:  # more than 65,535 of them
+        labels, count = ndimage.label(mask)
+    return labels, count
+
+
 def _fill_holes(mask: BoolArray) -> BoolArray:
     """Fill what is enclosed on all sides; far faster than by growing from the border."""
-    labels, count = ndimage.label(np.pad(~mask, 1, constant_values=True))
+    labels, count = _label(np.pad(~mask, 1, constant_values=True))
     if count <= 1:
         return mask
     return np.asarray(labels != labels[0, 0, 0], dtype=np.bool_)[1:-1, 1:-1, 1:-1]

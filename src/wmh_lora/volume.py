@@ -108,6 +108,12 @@ class Volume:
         """Volume of one voxel in mL, shear included (determinant of the affine)."""
         return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000.0
 
+    def finite_data(self) -> npt.NDArray[np.float32]:
+        """Return the intensities, 0 for NaN and infinity; `data` itself where all are finite."""
+        if np.isfinite(self.data).all():
+            return self.data
+        return np.nan_to_num(self.data, nan=0.0, posinf=0.0, neginf=0.0)
+
     @classmethod
     def read(cls, path: str | os.PathLike[str], *, allow_constant: bool = False) -> Volume:
         """Read a .nii, .nii.gz, .mgz, .mgh or .nrrd file holding one 3-D image.

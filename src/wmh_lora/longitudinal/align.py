@@ -69,7 +69,7 @@ class Alignment:
     def scan(self, visit: int, volume: Volume) -> FloatArray:
         """Interpolate a scan linearly on the half-way grid; 0 outside its field of view."""
         matrix = self.voxels_of(visit, volume)
-        finite = np.nan_to_num(volume.data, nan=0.0, posinf=0.0, neginf=0.0)
+        finite = volume.finite_data()
         sampled = ndimage.affine_transform(
             finite, matrix, output_shape=self.shape, order=1, mode="grid-constant"
         )

@@ -81,7 +81,7 @@ def example_slice(
                 f"{image.shape}; give the image that was segmented."
             )
     view = choose_view(image, 1.0)
-    scan = np.nan_to_num(view.to_view(image.data), nan=0.0, posinf=0.0, neginf=0.0)
+    scan = view.to_view(image.finite_data())
     masks = [view.to_view(mask) for mask in (reference, prediction)]
     area = (masks[0] | masks[1]).sum(axis=(1, 2))
     index = int(area.argmax()) if area.any() else len(scan) // 2

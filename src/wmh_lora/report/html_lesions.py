@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from wmh_lora.postprocess import label_lesions
+from wmh_lora.postprocess import label_lesions, lesion_box
 from wmh_lora.report.segmented import Segmented
 
 __all__ = ["LesionRow", "lesion_rows"]
@@ -62,11 +62,11 @@ def lesion_rows(
     regions : mapping, optional
         `wmh_lora.regions.Regions.as_dict` of the same mask.
     """
-    affine = np.asarray(segmentation.volume.affine, dtype=np.float64)
-    labels, lesions = label_lesions(segmentation.mask, affine)
-    probability = _means(labels, segmentation.probability)
+    cut, affine = lesion_box(segmentation.mask, segmentation.volume.affine)
+    labels, lesions = label_lesions(segmentation.mask[cut], affine)
+    probability = _means(labels, segmentation.probability[cut])
     uncertainty = (
-        None if segmentation.uncertainty is None else _means(labels, segmentation.uncertainty)
+        None if segmentation.uncertainty is None else _means(labels, segmentation.uncertainty[cut])
     )
     located = {entry["index"]: entry for entry in (regions or {}).get("lesions") or ()}
     rows = []

@@ -105,7 +105,7 @@ def montage(
                 "a picture needs both on one grid."
             )
     view = choose_view(volume, 1.0)
-    scan = np.nan_to_num(view.to_view(volume.data), nan=0.0, posinf=0.0, neginf=0.0)
+    scan = view.to_view(volume.finite_data())
     layers = [
         (view.to_view(array) != 0, colour)
         for array, colour in ((reference, REFERENCE_RGB), (mask, PREDICTION_RGB))

@@ -89,7 +89,7 @@ def scan_figure(
                 "on one grid."
             )
         layers.append((view.to_view(array) != 0, colour, name))
-    scan = np.nan_to_num(view.to_view(volume.data), nan=0.0, posinf=0.0, neginf=0.0)
+    scan = view.to_view(volume.finite_data())
     drawn = np.logical_or.reduce([layer for layer, _, _ in layers])
     frame = frame_head(scan, drawn)
     indices = choose_slices(frame.tissue, drawn, max_slices)
