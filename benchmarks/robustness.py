@@ -3,9 +3,9 @@
     python -m benchmarks.robustness FLAIR.nii.gz [--reference MASK.nii.gz] [--model NAME|FILE]
 
 Segments the scan as it is and after each change of `CHANGES`: monotone intensity curves, coil
-sensitivity, blur, noise, slice drift, clipping. Prints, as JSON on stdout, the
-Dice of each mask with the mask of the unchanged scan, the volumes, and with a reference the Dice
-with that. A model that is invariant to its scanner keeps the first near 1.
+sensitivity, blur, noise, slice drift, clipping. Prints, as JSON on stdout, the Dice of each mask
+with the mask of the unchanged scan, the volumes, and with a reference the Dice with that. A model
+that is invariant to its scanner keeps the first near 1.
 """
 
 from __future__ import annotations

@@ -55,9 +55,12 @@ def main() -> None:
         write_nifti(
             mask / f"{subject}_space-orig_label-WMH_mask.nii.gz", labels, volume, overwrite=True
         )
-        voxel_ml = float(np.prod(volume.spacing_mm)) / 1000.0
-        counts = [round(float((labels == value).sum()) * voxel_ml, 2) for value in (1, 2)]
-        sys.stdout.write(f"{subject} {image.name}: lesions {counts[0]} mL, open {counts[1]} mL\n")
+        lesion_ml, open_ml = (
+            int((labels == value).sum()) * volume.voxel_volume_ml for value in (1, OTHER_PATHOLOGY)
+        )
+        sys.stdout.write(
+            f"{subject} {image.name}: lesions {lesion_ml:.2f} mL, open {open_ml:.2f} mL\n"
+        )
 
 
 def pseudo_labels(
@@ -67,7 +70,7 @@ def pseudo_labels(
     sure: float,
     doubt: float,
 ) -> npt.NDArray[np.uint8]:
-    """Return (I, J, K) 1 where a lesion is certain, 2 where nothing is, 0 where there is none."""
+    """Return (I, J, K) 1 for a certain lesion, 2 where neither is certain, 0 for background."""
     inside = np.where(brain, probability, 0.0).astype(probability.dtype)
     lesion = remove_faint_components(apply_threshold(inside, threshold), inside, sure)
     unsure = apply_threshold(inside, doubt) & ~lesion.astype(np.bool_)

@@ -84,7 +84,7 @@ def test_an_unforeseen_error_becomes_a_sentence(monkeypatch: pytest.MonkeyPatch)
     def fail(*args: object) -> None:
         raise RuntimeError("odd\nthing")
 
-    monkeypatch.setattr("wmh_lora.cli.batch.plan_scans", fail)
+    monkeypatch.setattr("wmh_lora.cli.plan.plan_scans", fail)
     result = CliRunner().invoke(cli, ["segment", "a.nii", "-o", "out"])
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
@@ -98,7 +98,7 @@ def test_an_interruption_is_not_an_error_message(monkeypatch: pytest.MonkeyPatch
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wmh_lora.cli.batch.plan_scans", interrupt)
+    monkeypatch.setattr("wmh_lora.cli.plan.plan_scans", interrupt)
     result = CliRunner().invoke(cli, ["segment", "a.nii", "-o", "out"])
     assert result.exit_code == 1
     assert result.output.strip() == "Aborted!"

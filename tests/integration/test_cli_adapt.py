@@ -10,9 +10,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from tests.phantoms import head
-from wmh_lora.cli.batch import Options
 from wmh_lora.cli.bids_run import RunOptions, describe_model
 from wmh_lora.cli.main import cli
+from wmh_lora.cli.options import Options
 from wmh_lora.config import InferenceConfig, ModelConfig, PreprocessConfig
 from wmh_lora.files import file_sha256
 from wmh_lora.models.model_file import ModelCard, save_model

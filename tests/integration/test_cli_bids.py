@@ -18,9 +18,9 @@ from tests.bids_trees import errors_of, validate, warnings_of, write_dataset
 from tests.phantoms import brightness_model, head
 from wmh_lora.bids.discovery import find_flairs
 from wmh_lora.bids.names import derived_files
-from wmh_lora.cli.batch import Options
 from wmh_lora.cli.bids_run import RunOptions, describe_model
 from wmh_lora.cli.main import cli
+from wmh_lora.cli.options import Options
 from wmh_lora.engine import load_model
 from wmh_lora.errors import ConfigError
 from wmh_lora.models.init import init_model

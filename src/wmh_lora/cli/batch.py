@@ -1,15 +1,14 @@
-"""From inputs on the command line to a plan of scans, and through it scan by scan."""
+"""Through a plan, scan by scan: while the network works, the next is read and the last written."""
 
 from __future__ import annotations
 
 import json
 import os
 import traceback
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,75 +17,21 @@ import click
 
 from wmh_lora.cli.errors import describe_error
 from wmh_lora.cli.imports import without_collection
-from wmh_lora.errors import ConfigError, DataError
-from wmh_lora.files import find_images, image_stem, open_atomic
+from wmh_lora.cli.options import Options, make_engine
+from wmh_lora.cli.plan import Failure, Plan, Scan
+from wmh_lora.errors import ConfigError
+from wmh_lora.files import open_atomic
 
 if TYPE_CHECKING:
-    from wmh_lora.config import PlaneMode, Precision, TtaMode
     from wmh_lora.engine import OutputFiles, Segmentation, WMHInferenceEngine
     from wmh_lora.preprocess import Prepared
-    from wmh_lora.report.outputs import PageFormat
     from wmh_lora.volume import Volume
 
-__all__ = ["Done", "Failure", "Options", "Outcome", "Plan", "Scan", "plan_scans", "run_plan"]
+__all__ = ["Done", "Outcome", "run_plan"]
 
 COHORT_TABLE = "wmh.tsv"
 COHORT_PAGE = "wmh.html"
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user chose; None leaves a setting to the model."""
-
-    out_dir: Path
-    model: str = "default"
-    base_weights: Path | None = None
-    adapter: Path | None = None
-    t1: Path | None = None
-    register_t1: bool = False
-    tta: TtaMode | None = None
-    planes: PlaneMode | None = None
-    threshold: float | None = None
-    min_voxels: int | None = None
-    min_peak: float | None = None
-    adaptive: bool | None = None
-    precision: Precision | None = None
-    max_memory: str | None = None
-    device: str = "auto"
-    backend: str = "torch"
-    page: PageFormat = "html"
-    overwrite: bool = False
-    threads: int | None = None
-    debug: bool = False
-    quiet: bool = False
-
-    @property
-    def inference(self) -> dict[str, Any]:
-        """Fields of `wmh_lora.config.InferenceConfig`."""
-        from wmh_lora.config import InferenceConfig
-
-        names = [field.name for field in fields(InferenceConfig) if hasattr(self, field.name)]
-        return {name: getattr(self, name) for name in names}
-
-
-@dataclass(frozen=True)
-class Scan:
-    """One image to segment: its file, and the folder below the output folder it goes to."""
-
-    source: Path
-    subfolder: Path = Path()
-    reference: Path | None = None  # a reference mask, outlined in the picture
-
-    @property
-    def stem(self) -> str:
-        """Start of the output names."""
-        return image_stem(self.source)
-
-    @property
-    def name(self) -> str:
-        """Name of the scan in this run, distinct from all others."""
-        return (self.subfolder / self.stem).as_posix()
 
 
 @dataclass(frozen=True)
@@ -104,15 +49,6 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """An input that could not be done, and why."""
-
-    name: str
-    source: Path
-    message: str
-
-
-@dataclass(frozen=True)
 class _Read:
     """A scan in memory, or why it is not."""
 
@@ -120,15 +56,6 @@ class _Read:
     prepared: Prepared | None = None  # as soon as there is an engine that knows how
     warnings: tuple[str, ...] = ()
     error: Exception | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do."""
-
-    scans: list[Scan]
-    failures: list[Failure]  # inputs that hold nothing to segment
-    with_table: bool
 
 
 @dataclass
@@ -139,57 +66,6 @@ class Outcome:
     failures: list[Failure] = field(default_factory=list)
     table: Path | None = None
     page: Path | None = None
-
-
-def plan_scans(inputs: Sequence[Path]) -> Plan:
-    """Expand folders and give every scan its own place in the output folder.
-
-    Scans of a folder input keep their subfolders only where their names would otherwise collide.
-
-    Raises
-    ------
-    ConfigError
-        If two inputs would be written to the same files.
-    """
-    failures: list[Failure] = []
-    roots: dict[Path, Path | None] = {}  # by file, the folder input that it was found in
-    seen: set[str] = set()
-    for given in inputs:
-        root = given if given.is_dir() else None
-        try:
-            found = find_images([given])
-        except DataError as error:
-            failures.append(Failure(given.name, given, describe_error(error)))
-            continue
-        for path in found:
-            identity = os.path.realpath(path)
-            if identity not in seen:
-                seen.add(identity)
-                roots[path] = root
-    scans = [Scan(path) for path in roots]
-    if _collisions(scans):
-        scans = [_with_subfolder(scan, roots[scan.source]) for scan in scans]
-    for first, second, *_ in _collisions(scans):
-        raise ConfigError(
-            f"{first.source} and {second.source} would both be written as {first.name}_*; "
-            "give them different names, or segment them into different output folders."
-        )
-    with_table = len(inputs) > 1 or any(path.is_dir() for path in inputs)
-    return Plan(scans, failures, with_table)
-
-
-def _with_subfolder(scan: Scan, root: Path | None) -> Scan:
-    if root is None:
-        return scan
-    return replace(scan, subfolder=scan.source.parent.relative_to(root))
-
-
-def _collisions(scans: Iterable[Scan]) -> list[list[Scan]]:
-    places: defaultdict[str, list[Scan]] = defaultdict(list)
-    for scan in scans:
-        # Windows and macOS do not tell upper from lower case in file names
-        places[scan.name.casefold()].append(scan)
-    return [group for group in places.values() if len(group) > 1]
 
 
 def run_plan(plan: Plan, options: Options) -> Outcome:
@@ -261,7 +137,7 @@ def _segment_all(scans: Sequence[Scan], options: Options, outcome: Outcome) -> N
             if read.volume is not None and engine is None:
                 # Only now: a run without a readable scan need not wait for a model. Trouble with
                 # the model concerns every scan, so it ends the run.
-                engine = _make_engine(options)
+                engine = make_engine(options)
             if number < len(scans):
                 coming = aside(partial(_read, scans[number], engine))
             label = f"[{number}/{len(scans)}] {scan.name}"
@@ -328,27 +204,6 @@ def _files_of(scan: Scan, options: Options) -> OutputFiles:
     from wmh_lora.report.outputs import output_files
 
     return output_files(options.out_dir / scan.subfolder, scan.stem, options.page)
-
-
-def _make_engine(options: Options) -> WMHInferenceEngine:
-    with without_collection():
-        import torch
-
-        from wmh_lora.engine import WMHInferenceEngine, choose_device, load_model
-
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = choose_device(options.device)  # first: it fails faster than a model loads
-    model = load_model(options.model, base_weights=options.base_weights, adapter=options.adapter)
-    if options.backend != "torch":
-        from wmh_lora.models.backends import with_backend
-
-        model = replace(model, net=with_backend(model, options.backend))
-    engine = WMHInferenceEngine(model, device)
-    engine.settings(**options.inference)  # what cannot be used concerns every scan
-    if options.t1 is not None:
-        engine.require_t1()
-    return engine
 
 
 def _segment(

@@ -119,8 +119,8 @@ def bids(
     if level == "group":
         _group(ctx, out_dir, participants, sessions, overwrite=overwrite)
         return
-    from wmh_lora.cli.batch import Options
     from wmh_lora.cli.bids_run import RunOptions, run_participants
+    from wmh_lora.cli.options import Options
 
     scans = _prepare(
         bids_dir,

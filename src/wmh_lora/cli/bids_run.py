@@ -21,7 +21,7 @@ from wmh_lora.errors import ConfigError
 
 if TYPE_CHECKING:
     from wmh_lora.bids.discovery import RawScan
-    from wmh_lora.cli.batch import Options
+    from wmh_lora.cli.options import Options
     from wmh_lora.config import InferenceConfig
     from wmh_lora.engine import WMHInferenceEngine
 
@@ -159,9 +159,9 @@ def _plan(
 
 
 def _one_by_one(tasks: Sequence[_Task], options: RunOptions) -> Iterator[tuple[_Task, _Result]]:
-    from wmh_lora.cli.batch import _make_engine
+    from wmh_lora.cli.options import make_engine
 
-    engine = _make_engine(options.inference)
+    engine = make_engine(options.inference)
     for task in tasks:
         yield task, _segment(task, engine, options)
 
@@ -216,11 +216,11 @@ def _start_worker(options: RunOptions) -> None:
 
 
 def _in_worker(task: _Task) -> _Result:
-    from wmh_lora.cli.batch import _make_engine
+    from wmh_lora.cli.options import make_engine
 
     options: RunOptions = _worker["options"]
     if "engine" not in _worker:
-        _worker["engine"] = _make_engine(options.inference)  # trouble with the model ends the run
+        _worker["engine"] = make_engine(options.inference)  # trouble with the model ends the run
     return _segment(task, _worker["engine"], options)
 
 

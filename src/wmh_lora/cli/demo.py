@@ -33,7 +33,9 @@ def demo(ctx: click.Context, /, out_dir: Path, seed: int, **settings: Any) -> No
     The scan is made here and holds nobody's data. It shows what the tool writes; agreement on it
     says nothing about agreement on real scans.
     """
-    from wmh_lora.cli.batch import Options, Plan, Scan, run_plan
+    from wmh_lora.cli.batch import run_plan
+    from wmh_lora.cli.options import Options
+    from wmh_lora.cli.plan import Plan, Scan
     from wmh_lora.report.outputs import output_folder
 
     options = Options(out_dir=out_dir, overwrite=True, debug=ctx.obj["debug"], **settings)

@@ -12,7 +12,7 @@ import click
 from wmh_lora.cli.segment import inference_options
 
 if TYPE_CHECKING:
-    from wmh_lora.cli.batch import Options
+    from wmh_lora.cli.options import Options
     from wmh_lora.longitudinal.study import FollowUp, Visit
 
 __all__ = ["longitudinal"]
@@ -123,7 +123,7 @@ def longitudinal(
         raise ConfigError(
             f"--masks needs one mask for each visit: {len(scans)} expected, {len(masks)} found."
         )
-    from wmh_lora.cli.batch import Options
+    from wmh_lora.cli.options import Options
     from wmh_lora.longitudinal.changes import Rules
     from wmh_lora.longitudinal.study import compare_visits
     from wmh_lora.report.longitudinal import save_follow_up
@@ -221,12 +221,12 @@ def _read_masks(scans: Sequence[Path], masks: Sequence[Path], names: Sequence[st
 
 
 def _segment(scans: Sequence[Path], names: Sequence[str], options: Options) -> list[Visit]:
-    from wmh_lora.cli.batch import _make_engine
+    from wmh_lora.cli.options import make_engine
     from wmh_lora.longitudinal.study import Visit
     from wmh_lora.volume import Volume
 
     volumes = [Volume.read(path) for path in scans]  # a bad file is told before a model loads
-    engine = _make_engine(options)
+    engine = make_engine(options)
     return [
         Visit.of(name, engine.segment(volume, **options.inference))
         for name, volume in zip(names, volumes, strict=True)

@@ -171,7 +171,9 @@ def segment(
     Exit code: 0 all done; 1 some inputs failed (with --strict: or a quality check), the rest are
     done; 2 wrong usage or settings.
     """  # noqa: D301 -- \b keeps click from joining the lines of the list
-    from wmh_lora.cli.batch import Options, Outcome, plan_scans, run_plan
+    from wmh_lora.cli.batch import Outcome, run_plan
+    from wmh_lora.cli.options import Options
+    from wmh_lora.cli.plan import plan_scans
 
     if settings["register_t1"] and settings["t1"] is None:
         raise click.UsageError("--register-t1 needs the T1: name it with --t1 FILE.")
