@@ -103,7 +103,7 @@ def second_visit(
 ) -> tuple[NDArray[np.float32], Volume]:
     """Let the head move and its lesions grow, and put a new one where there was none."""
     volume = Volume(image, affine)
-    bright = np.percentile(image[reference > 0], 60)
+    bright = np.percentile(image[reference == 1], 60)
     spacing = np.array(volume.spacing_mm)
     distance = ndimage.distance_transform_edt(reference == 0, sampling=spacing)
     grown = distance < 1.5

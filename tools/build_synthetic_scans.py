@@ -17,8 +17,7 @@ import numpy as np
 
 from wmh_lora.config import from_dict
 from wmh_lora.data.dataset import TrainingStream
-from wmh_lora.data.sources import OTHER_PATHOLOGY, DataConfig
-from wmh_lora.data.synthesis import IGNORED
+from wmh_lora.data.sources import DataConfig
 from wmh_lora.training.settings import read_run_config
 from wmh_lora.volume import write_nifti
 
@@ -49,10 +48,8 @@ def main() -> None:
         name = f"synthetic-{number:03d}"
         image = given.output / "images" / f"{name}_FLAIR.nii.gz"
         write_nifti(image, case.volume.data, case.volume, overwrite=True)
-        lesions = case.masks["wmh"].astype(np.uint8)
-        lesions[case.masks[IGNORED] > 0] = OTHER_PATHOLOGY
         label = given.output / "labels" / f"{name}_mask.nii.gz"
-        write_nifti(label, lesions, case.volume, overwrite=True)
+        write_nifti(label, case.lesion_labels, case.volume, overwrite=True)
 
 
 if __name__ == "__main__":

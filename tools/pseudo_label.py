@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from wmh_lora.data.sources import OTHER_PATHOLOGY
 from wmh_lora.engine import WMHInferenceEngine, load_model
+from wmh_lora.evaluation.masks import OTHER_PATHOLOGY_LABEL
 from wmh_lora.postprocess import apply_threshold, remove_faint_components
 from wmh_lora.volume import Volume, write_nifti
 
@@ -56,7 +56,8 @@ def main() -> None:
             mask / f"{subject}_space-orig_label-WMH_mask.nii.gz", labels, volume, overwrite=True
         )
         lesion_ml, open_ml = (
-            int((labels == value).sum()) * volume.voxel_volume_ml for value in (1, OTHER_PATHOLOGY)
+            int((labels == value).sum()) * volume.voxel_volume_ml
+            for value in (1, OTHER_PATHOLOGY_LABEL)
         )
         sys.stdout.write(
             f"{subject} {image.name}: lesions {lesion_ml:.2f} mL, open {open_ml:.2f} mL\n"
@@ -74,7 +75,7 @@ def pseudo_labels(
     inside = np.where(brain, probability, 0.0).astype(probability.dtype)
     lesion = remove_faint_components(apply_threshold(inside, threshold), inside, sure)
     unsure = apply_threshold(inside, doubt) & ~lesion.astype(np.bool_)
-    return np.where(unsure, np.uint8(OTHER_PATHOLOGY), lesion)
+    return np.where(unsure, np.uint8(OTHER_PATHOLOGY_LABEL), lesion)
 
 
 def _grow(

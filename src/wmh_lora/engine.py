@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from wmh_lora.config import InferenceConfig, PreprocessConfig, TtaMode, from_dict
+from wmh_lora.engine_brain import within_brain
 from wmh_lora.engine_device import NetworkOnDevice, choose_device, choose_dtype, device_errors
 from wmh_lora.engine_memory import ScanSize, planes_within
 from wmh_lora.engine_planes import Stack, average_planes, whole_stack
@@ -438,10 +439,10 @@ class WMHInferenceEngine:
                 progress=None if steps is None else steps.part(),
             )
 
-        first = see(slices, prepared.shows_head)
-        if planes == 1:
-            return first
-        return average_planes(slices, prepared, first, see, evidence_only=config.adaptive)
+        maps = see(slices, prepared.shows_head)
+        if planes > 1:
+            maps = average_planes(slices, prepared, maps, see, evidence_only=config.adaptive)
+        return within_brain(maps, prepared.config.pixel_size_mm)
 
     def _look(self, stack: Stack, dtype: torch.dtype) -> Look:
         """Make what shows batches of slices to the network."""

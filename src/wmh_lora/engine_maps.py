@@ -40,7 +40,7 @@ Map = NDArray[np.float32]
 #: Called with a set of views, steps done and steps in all.
 MapProgress = Callable[[TtaMode, int, int], None]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class ProbabilityMaps:
@@ -156,7 +156,7 @@ class _EachViewOnce(WMHInferenceEngine):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._kept: dict[tuple[Hashable, ...], Map] = {}
+        self._kept: dict[tuple[Hashable, ...], Seen] = {}
 
     def start_scan(self) -> None:
         """Drop the views of the scan before."""
@@ -169,9 +169,9 @@ class _EachViewOnce(WMHInferenceEngine):
             # where a further plane is cut depends on what all views of the first have found
             key = (stack.plane, stack.slices.shape[1:], stack.rows, stack.columns, view)
             if any((*key, index) not in self._kept for index in indices):
-                for index, part in zip(indices, look(indices, view).lesion, strict=True):
+                for index, part in zip(indices, look(indices, view).split(), strict=True):
                     self._kept[(*key, index)] = part
-            return Seen(np.stack([self._kept[(*key, index)] for index in indices]))
+            return Seen.joined([self._kept[(*key, index)] for index in indices])
 
         return look_once
 

@@ -68,6 +68,16 @@ class Seen:
     lesion: FloatArray
     structures: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
 
+    def split(self) -> list[Seen]:
+        """Take a batch apart, slice by slice."""
+        return [
+            Seen(
+                self.lesion[index : index + 1],
+                {name: part[index : index + 1] for name, part in self.structures.items()},
+            )
+            for index in range(len(self.lesion))
+        ]
+
     @classmethod
     def joined(cls, parts: Sequence[Seen]) -> Seen:
         """Put the parts of a batch together again."""

@@ -95,7 +95,7 @@ def tissue_contrast(rng: np.random.Generator) -> FloatArray:
     mean[Tissue.WHITE_MATTER] = 1.0
     mean[Tissue.DEEP_GREY] = 1.0 + (cortex - 1.0) * uniform(rng, 0.1, 0.9)
     mean[Tissue.PALLIDUM] = uniform(rng, 0.75, 1.08)
-    mean[Tissue.LIMBIC] = cortex * uniform(rng, 0.98, 1.35)
+    mean[Tissue.LIMBIC] = cortex * uniform(rng, 0.95, 1.15)
     mean[Tissue.BRAINSTEM] = uniform(rng, 0.88, 1.25)
     mean[Tissue.CEREBELLAR_CORTEX] = 1.0 + (cortex - 1.0) * uniform(rng, 0.4, 1.0)
     mean[Tissue.CEREBELLAR_WHITE] = uniform(rng, 0.88, 1.1)
@@ -138,12 +138,14 @@ def _pyramidal_tract(
     image += np.where(hosts, uniform(rng, 0.03, 0.22) * profile, 0.0)
 
 
-_BRIGHT_CORTEX_MM = (
-    ((34, 20, 0), (38, 6, 2), (38, -8, 6), (36, -20, 12)),  # insula
-    ((6, 36, 8), (6, 22, 30), (6, -10, 40), (6, -40, 32), (10, -48, 10)),  # cingulate gyrus
-    ((20, -6, -20), (28, -22, -14), (28, -34, -6), (20, -40, 4)),  # hippocampus, up to its tail
+_BRIGHT_CORTEX = (
+    (0.3, ((34, 20, 0), (38, 6, 2), (38, -8, 6), (36, -20, 12))),  # insula
+    (0.3, ((6, 36, 8), (6, 22, 30), (6, -10, 40), (6, -40, 32), (10, -48, 10))),  # cingulate gyrus
+    # hippocampus, up to its tail; it is brighter than other cortex to begin with
+    (0.15, ((20, -6, -20), (28, -22, -14), (28, -34, -6), (20, -40, 4))),
 )
-"""Course on the right side in MNI space of cortex that FLAIR shows brighter than the rest."""
+"""Cortex that FLAIR shows brighter than the rest: by how much at most, and its course on the right
+side in MNI millimetres."""
 
 
 def _bright_cortex(
@@ -151,8 +153,8 @@ def _bright_cortex(
 ) -> None:
     """Brighten the insula, the cingulate gyrus and the hippocampus: normal, never labelled."""
     grey = np.isin(tissue, (Tissue.CORTEX, Tissue.LIMBIC))
-    for course_mm in _BRIGHT_CORTEX_MM:
-        strength, width_mm = uniform(rng, -0.1, 0.3), uniform(rng, 7.0, 13.0)
+    for most, course_mm in _BRIGHT_CORTEX:
+        strength, width_mm = uniform(rng, -0.1, most), uniform(rng, 7.0, 13.0)
         if strength > 0:
             profile = _along(course_mm, width_mm, tissue, to_mni_mm)
             image += np.where(grey, strength * profile, 0.0)

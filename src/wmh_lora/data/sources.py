@@ -15,10 +15,10 @@ from wmh_lora.data.manifest import Manifest, Scan, read_manifest
 from wmh_lora.data.split import Part, Split, read_split
 from wmh_lora.data.synthesis import IGNORED, Case
 from wmh_lora.errors import ConfigError, DataError
+from wmh_lora.evaluation.masks import OTHER_PATHOLOGY_LABEL
 from wmh_lora.volume import Volume
 
 __all__ = [
-    "OTHER_PATHOLOGY",
     "DataConfig",
     "LabelledScans",
     "Sample",
@@ -26,9 +26,6 @@ __all__ = [
     "read_masks",
 ]
 __all__ += ["relative_to_root", "require_t1"]
-
-OTHER_PATHOLOGY = 2
-"""Label of what is neither lesion nor background, in the masks of the WMH challenge."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +248,7 @@ def read_masks(image: Path, masks: Iterable[tuple[str, Path]]) -> Case:
         labels = Volume.read(path, allow_constant=True).data
         read[name] = (labels > 0).astype(np.float32)
         if name == "wmh":
-            read[IGNORED] = (np.rint(labels) == OTHER_PATHOLOGY).astype(np.float32)
+            read[IGNORED] = (np.rint(labels) == OTHER_PATHOLOGY_LABEL).astype(np.float32)
             read[name] -= read[IGNORED]
         files.append(path)
     return Case(Volume.read(image), read, tuple(files))

@@ -19,6 +19,7 @@ from wmh_lora.data.fields import FloatArray, smooth_field, uniform, upsample
 from wmh_lora.data.lesions import MaskBank, draw_lesions, ventricle_distance
 from wmh_lora.data.painting import paint
 from wmh_lora.data.visibility import judge_visibility
+from wmh_lora.evaluation.masks import OTHER_PATHOLOGY_LABEL
 from wmh_lora.volume import Volume
 
 LabelArray = npt.NDArray[np.uint8]
@@ -50,6 +51,14 @@ class Case:
     volume: Volume
     masks: dict[str, FloatArray]
     files: tuple[Path, ...] = ()
+
+    @property
+    def lesion_labels(self) -> LabelArray:
+        """(I, J, K) as files hold them: 1 lesion, `OTHER_PATHOLOGY_LABEL` what is ignored."""
+        labels = self.masks["wmh"].astype(np.uint8)
+        if IGNORED in self.masks:
+            labels[self.masks[IGNORED] > 0] = OTHER_PATHOLOGY_LABEL
+        return labels
 
 
 def synthesize(rng: np.random.Generator, anatomy: Anatomy, bank: MaskBank | None) -> Case:
@@ -196,7 +205,8 @@ def demo_case(seed: int) -> tuple[FloatArray, npt.NDArray[np.float64], LabelArra
     -------
     image : array (I, J, K) float32
     affine : array (4, 4) float64
-    reference_mask : array (I, J, K) uint8
+    reference_labels : array (I, J, K) uint8
+        1 lesion, `OTHER_PATHOLOGY_LABEL` where the scan does not tell.
     """
     case = synthesize(np.random.default_rng(seed), mni_anatomy(), None)
-    return case.volume.data, case.volume.affine, case.masks["wmh"].astype(np.uint8)
+    return case.volume.data, case.volume.affine, case.lesion_labels

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from wmh_lora.errors import GridMismatchError
+from wmh_lora.evaluation.masks import OTHER_PATHOLOGY_LABEL
 from wmh_lora.view import View, choose_view
 from wmh_lora.volume import Volume
 
-__all__ = ["Frame", "choose_slices", "frame_head", "montage"]
+__all__ = ["Frame", "choose_slices", "frame_head", "lesions_of", "montage"]
 
 MAX_SLICES = 20
 COLUMNS = 5
@@ -86,7 +87,7 @@ def montage(
     title : str
         One line above the slices.
     reference : array (I, J, K), optional
-        Drawn in blue below the orange.
+        Its lesions (`lesions_of`) are drawn in blue below the orange.
 
     Returns
     -------
@@ -106,11 +107,9 @@ def montage(
             )
     view = choose_view(volume, 1.0)
     scan = view.to_view(volume.finite_data())
-    layers = [
-        (view.to_view(array) != 0, colour)
-        for array, colour in ((reference, REFERENCE_RGB), (mask, PREDICTION_RGB))
-        if array is not None
-    ]
+    layers = [(view.to_view(mask) != 0, PREDICTION_RGB)]
+    if reference is not None:
+        layers.insert(0, (view.to_view(lesions_of(reference)), REFERENCE_RGB))
     drawn = np.logical_or.reduce([layer for layer, _ in layers])
     frame = frame_head(scan, drawn)
     indices = choose_slices(frame.tissue, drawn, MAX_SLICES)
@@ -118,6 +117,11 @@ def montage(
     tiles = [_tile(scan[i], [(m[i], c) for m, c in layers], panel) for i in indices]
     labels = [_position_label(view, volume, i) for i in indices]
     return _arrange(tiles, labels, panel, title, has_reference=reference is not None)
+
+
+def lesions_of(reference: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return what a reference marks as lesion: all that is not zero, but for other pathology."""
+    return np.asarray((reference != 0) & (reference != OTHER_PATHOLOGY_LABEL))
 
 
 def frame_head(scan: NDArray[np.float32], drawn: NDArray[np.bool_]) -> Frame:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from wmh_lora.errors import ConfigError, GridMismatchError
 from wmh_lora.report.figures import ORANGE, SKY
-from wmh_lora.report.montage import choose_slices, frame_head
+from wmh_lora.report.montage import choose_slices, frame_head, lesions_of
 from wmh_lora.view import choose_view
 from wmh_lora.volume import Volume
 
@@ -63,7 +63,7 @@ def scan_figure(
     title : str
         Above the slices.
     reference : array (I, J, K), optional
-        Outlined in blue below the orange.
+        Its lesions are outlined in blue below the orange.
     max_slices, columns : int
         How many slices at most, and how many a row.
 
@@ -80,7 +80,8 @@ def scan_figure(
         )
     view = choose_view(volume, 1.0)
     layers = []
-    for array, colour, name in ((reference, SKY, "reference"), (mask, ORANGE, "found")):
+    marked = None if reference is None else lesions_of(reference)
+    for array, colour, name in ((marked, SKY, "reference"), (mask, ORANGE, "found")):
         if array is None:
             continue
         if array.shape != volume.shape:

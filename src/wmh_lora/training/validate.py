@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from wmh_lora.data.sources import OTHER_PATHOLOGY
 from wmh_lora.errors import ConfigError, GridMismatchError
+from wmh_lora.evaluation.masks import OTHER_PATHOLOGY_LABEL
 from wmh_lora.evaluation.metrics import dice
 from wmh_lora.files import image_stem
 from wmh_lora.models.network import lesion_probability
@@ -188,7 +188,7 @@ def _load(case: ValidationCase, config: RunConfig) -> _LoadedCase:
                 f"{path} has shape {labels.shape}, its image {image} has {volume.shape}. "
                 "Resample the reference to the grid of the image."
             )
-    counted = labels != OTHER_PATHOLOGY
+    counted = labels != OTHER_PATHOLOGY_LABEL
     reference = (labels > 0) & counted
     healthy = not reference.any()
     prepared = preprocess(volume, config.preprocess)

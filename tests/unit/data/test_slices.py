@@ -12,7 +12,7 @@ import pytest
 
 from tests.labelled_scans import write_labelled_scans
 from wmh_lora.config import PreprocessConfig, from_dict
-from wmh_lora.data import slice_cache, sources
+from wmh_lora.data import slice_cache
 from wmh_lora.data.dataset import TrainingStream, build_stream
 from wmh_lora.data.slices import SliceStream, neighbours
 from wmh_lora.data.sources import DataConfig, read_labelled, read_masks
@@ -196,4 +196,3 @@ def test_real_lanes_take_scans_of_the_training_part(table: dict[str, str]) -> No
     assert all(sample.valid.tolist() == [True, False] for sample in samples)
     assert any(np.isnan(sample.target[0]).any() for sample in samples)
     assert not any(np.isnan(sample.target[1]).any() for sample in samples)
-    assert sources.OTHER_PATHOLOGY == 2

@@ -215,4 +215,5 @@ def test_fields_are_smooth_and_of_unit_spread() -> None:
 def test_the_demo_case_has_lesions() -> None:
     image, affine, reference = demo_case(227)
     assert image.shape == reference.shape
-    assert reference.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000.0 > 10.0
+    assert set(np.unique(reference)) <= {0, 1, 2}
+    assert (reference == 1).sum() * abs(np.linalg.det(affine[:3, :3])) / 1000.0 > 10.0

@@ -84,6 +84,8 @@ def test_draws_a_reference_in_another_colour() -> None:
     picture = pixels(volume, mask, reference=np.roll(mask, 4, axis=1))
     assert len(coloured(picture, module.REFERENCE_RGB)) > 20
     assert len(coloured(picture, module.PREDICTION_RGB)) > 20
+    other = pixels(volume, mask, reference=2 * np.roll(mask, 4, axis=1))
+    assert len(coloured(other, module.REFERENCE_RGB)) < 20  # the key below alone
 
 
 def test_copes_with_missing_values_and_no_lesion() -> None:
