@@ -42,7 +42,7 @@ def acquire(
     painted
         (X, Y, Z) intensities, white matter about 1, on a 1 mm RAS grid.
     masks
-        (n, X, Y, Z) structures to carry along.
+        (n, X, Y, Z) structures to carry along; there may be none.
     keep
         (X, Y, Z) what brain extraction leaves (0 or 1), or None for the whole head.
 
@@ -56,18 +56,20 @@ def acquire(
     count = painted.shape[axis]
     weights = _slice_profile(rng, count, step_mm)
     image = _average(weights, blurred, axis)
-    averaged = np.stack([_average(weights, m, axis) for m in masks])
+    averaged = np.stack([_average(weights, m, axis) for m in masks]) if len(masks) else masks
     kept = None if keep is None else _average(weights, keep, axis) > 0.5
     image = _scanner(rng, image, axis)
     if step_mm > 1.5 and rng.random() < 0.15:
         finer = np.arange(0.0, len(weights) - 1.0 + 1e-6, uniform(rng, 1.0, step_mm) / step_mm)
-        image, averaged = _interpolate(image, finer, axis), _interpolate(averaged, finer, axis + 1)
+        image = _interpolate(image, finer, axis)
+        averaged = _interpolate(averaged, finer, axis + 1) if len(averaged) else averaged
         kept = None if kept is None else _interpolate(kept.astype(np.float32), finer, axis) > 0.5
         step_mm *= float(finer[1])
     image = _export(rng, image, kept)
-    spacing = [1.0, 1.0, 1.0]
-    spacing[axis] = step_mm
-    return Acquired(image, averaged, np.diag([*spacing, 1.0]))
+    affine = np.eye(4)
+    affine[axis, axis] = step_mm
+    affine[axis, 3] = weights[0] @ np.arange(count)  # where the first slice lies
+    return Acquired(image, averaged, affine)
 
 
 def _blur(rng: np.random.Generator) -> tuple[float, float, float]:

@@ -31,7 +31,7 @@ from wmh_lora.data.sources import (
     require_t1,
 )
 from wmh_lora.data.synthesis import IGNORED, Case, synthesize
-from wmh_lora.errors import DataError
+from wmh_lora.errors import DataError, GridMismatchError
 from wmh_lora.preprocess import (
     WHITE_MATTER_LEVEL,
     Prepared,
@@ -92,8 +92,7 @@ class TrainingStream:
     structures
         Order of the target's planes.
     in_channels, t1_channels
-        Slices of FLAIR and of T1 in a sample. Real scans alone have T1; without T1 channels, theirs
-        is not even read.
+        Slices of FLAIR and of T1 in a sample. Without T1 channels, no T1 is read or made.
     """
 
     def __init__(
@@ -141,7 +140,9 @@ class TrainingStream:
     def prepare(self) -> None:
         """Read every source once, before workers start; registers anatomies where needed."""
         _ = self._anatomies, self._bank
-        require_t1(self.t1_channels, sum(files.t1 is not None for files in self._real_files))
+        real = sum(files.t1 is not None for files in self._real_files)
+        synthetic = self.config.lanes - self.config.real_lanes  # whose scans all have one
+        require_t1(self.t1_channels, real + synthetic)
 
     def _scan(self, lane: int, number: int) -> _Scan:
         held = self._held.get(lane)
@@ -174,11 +175,12 @@ class TrainingStream:
             caps = possible_caps(prepared, ventricles, self.config.cap_reach_mm)
             ignored = np.maximum(ignored, caps & (lesion == 0))
         t1 = None
-        if t1_file is not None:
-            t1 = prepare_t1(Volume.read(t1_file), prepared, case.volume)
-            # some programs take the skull off T1 alone; a stream of its own leaves FLAIR's as it is
-            if "brain" in case.masks and rng.spawn(1)[0].random() < 0.5:
-                t1[to_model_grid(case.masks["brain"], prepared) < 0.5] = 0.0
+        second = case.t1 if t1_file is None else Volume.read(t1_file)
+        if second is not None:
+            t1 = _shown_t1(second, prepared, case.volume, real=real)
+        # some programs take the skull off T1 alone; a stream of its own leaves FLAIR's as it is
+        if t1 is not None and "brain" in case.masks and rng.spawn(1)[0].random() < 0.5:
+            t1[to_model_grid(case.masks["brain"], prepared) < 0.5] = 0.0
         return _Scan(prepared, targets, ignored, valid, real, t1)
 
     def visible_case(self, rng: np.random.Generator) -> tuple[Case, Prepared]:
@@ -212,8 +214,10 @@ class TrainingStream:
         """Make one synthetic scan of these sources."""
         heads = self._anatomies
         if not heads or rng.random() < self.config.mni_share:
-            return synthesize(rng, mni_anatomy(), self._bank)
-        return synthesize(rng, Anatomy.load(heads[rng.integers(len(heads))]), self._bank)
+            anatomy = mni_anatomy()
+        else:
+            anatomy = Anatomy.load(heads[rng.integers(len(heads))])
+        return synthesize(rng, anatomy, self._bank, with_t1=self.t1_channels > 0)
 
     def _crop(self, rng: np.random.Generator, scan: _Scan) -> Sample:
         count, height, width = scan.prepared.slices.shape
@@ -292,6 +296,16 @@ class TrainingStream:
             for root in map(self.config.path, self.config.real)
             for image in _bids_images(root)
         ]
+
+
+def _shown_t1(t1: Volume, prepared: Prepared, flair: Volume, *, real: bool) -> FloatArray | None:
+    """Bring a T1 to the grid of its FLAIR; None for a synthetic one of which that cannot be."""
+    try:
+        return prepare_t1(t1, prepared, flair)
+    except (DataError, GridMismatchError):
+        if real:
+            raise
+        return None  # a field of view cut at random may hold too little of the head
 
 
 def possible_caps(

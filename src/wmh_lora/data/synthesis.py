@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from wmh_lora.data.acquisition import acquire
 from wmh_lora.data.anatomy import FIELD_STEP_MM, Anatomy, Tissue, mni_anatomy
 from wmh_lora.data.fields import FloatArray, smooth_field, uniform, upsample
 from wmh_lora.data.lesions import MaskBank, draw_lesions, ventricle_distance
 from wmh_lora.data.painting import paint
+from wmh_lora.data.painting_t1 import paint_t1
 from wmh_lora.data.visibility import judge_visibility
 from wmh_lora.evaluation.masks import OTHER_PATHOLOGY_LABEL
 from wmh_lora.volume import Volume
@@ -46,11 +48,14 @@ class Case:
         `IGNORED` may be among them.
     files
         Where they were read from; empty for synthetic scans.
+    t1
+        A T1 of the same head, on a grid of its own, of synthetic scans that were asked for one.
     """
 
     volume: Volume
     masks: dict[str, FloatArray]
     files: tuple[Path, ...] = ()
+    t1: Volume | None = None
 
     @property
     def lesion_labels(self) -> LabelArray:
@@ -61,7 +66,9 @@ class Case:
         return labels
 
 
-def synthesize(rng: np.random.Generator, anatomy: Anatomy, bank: MaskBank | None) -> Case:
+def synthesize(
+    rng: np.random.Generator, anatomy: Anatomy, bank: MaskBank | None, *, with_t1: bool = False
+) -> Case:
     """Make one labelled scan.
 
     Parameters
@@ -72,6 +79,8 @@ def synthesize(rng: np.random.Generator, anatomy: Anatomy, bank: MaskBank | None
         Whose tissues to deform and paint.
     bank
         Real lesion masks to lay in, or None for vascular patterns alone.
+    with_t1
+        Make a T1 of the head as well; it does not change the FLAIR.
 
     Returns
     -------
@@ -99,7 +108,23 @@ def synthesize(rng: np.random.Generator, anatomy: Anatomy, bank: MaskBank | None
     lesion, *structures, normal = scan.masks > np.array([0.4, 0.5, 0.5, 0.5])[:, None, None, None]
     visible, doubtful = judge_visibility(scan.image, lesion, normal, volume.spacing_mm)
     named = dict(zip((*STRUCTURES, IGNORED), (visible, *structures, doubtful), strict=True))
-    return Case(volume, {name: mask.astype(np.float32) for name, mask in named.items()})
+    t1 = _acquire_t1(rng.spawn(1)[0], tissue, lesions, keep) if with_t1 else None
+    return Case(volume, {name: mask.astype(np.float32) for name, mask in named.items()}, t1=t1)
+
+
+def _acquire_t1(
+    rng: np.random.Generator, tissue: LabelArray, lesions: FloatArray, keep: FloatArray | None
+) -> Volume:
+    """Paint and acquire the T1 of a head, which has moved a little since the FLAIR."""
+    painted = paint_t1(rng, tissue, lesions)
+    kept = keep if rng.random() < 0.5 else None
+    scan = acquire(rng, painted, np.empty((0, *painted.shape), np.float32), kept)
+    movement = np.eye(4)
+    turn = Rotation.from_rotvec(rng.normal(0.0, np.deg2rad(0.4), 3)).as_matrix()
+    middle = (np.array(painted.shape) - 1) / 2
+    movement[:3, :3] = turn
+    movement[:3, 3] = middle - turn @ middle + rng.normal(0.0, 0.4, 3)
+    return Volume(scan.image, movement @ scan.affine)
 
 
 def deform(rng: np.random.Generator, anatomy: Anatomy) -> tuple[LabelArray, FloatArray]:

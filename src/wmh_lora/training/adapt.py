@@ -29,7 +29,7 @@ from wmh_lora.errors import ConfigError, DataError
 from wmh_lora.logs import Progress
 from wmh_lora.models.model_file import ModelCard
 from wmh_lora.models.registry import Model
-from wmh_lora.training.adapt_network import Base, LearningNet, Record
+from wmh_lora.training.adapt_network import Base, Record
 from wmh_lora.training.adapt_result import CrossValidation, FoldResult
 from wmh_lora.training.adapt_scans import WHOLE, SiteScans
 from wmh_lora.training.adapt_score import DiceTable, SettingGrid
@@ -38,6 +38,7 @@ from wmh_lora.training.average import averaged_weights
 from wmh_lora.training.losses import SegmentationLoss
 from wmh_lora.training.processes import Processes
 from wmh_lora.training.run import program_versions
+from wmh_lora.training.start import SettledNet
 from wmh_lora.training.trainer import Trainer
 from wmh_lora.training.tune import read_reference
 from wmh_lora.training.tune_cases import TuningCase
@@ -167,7 +168,7 @@ class _Clock:
 class _Fit:
     """A trained network, and what it took: seconds before the first step, and for each step."""
 
-    net: LearningNet
+    net: SettledNet
     steps: int
     start_s: float
     step_s: float

@@ -15,7 +15,6 @@ from wmh_lora.models.encoders import encoder_spec
 from wmh_lora.models.lora import add_lora
 from wmh_lora.models.lora_settings import LoraSettings
 from wmh_lora.models.model_file import ModelCard, assemble_network, save_model
-from wmh_lora.models.network import WMHNet
 from wmh_lora.models.registry import Model, load_model
 from wmh_lora.models.site_adapter import (
     AdapterCard,
@@ -23,36 +22,13 @@ from wmh_lora.models.site_adapter import (
     adapter_tensors,
     save_adapter,
 )
+from wmh_lora.training.start import SettledNet
 
-__all__ = ["METHODS", "Base", "LearningNet", "Method", "Record"]
+__all__ = ["METHODS", "Base", "Method", "Record"]
 
 Method = Literal["lora", "full"]
 METHODS: tuple[Method, ...] = get_args(Method)
 """``lora`` trains an adapter; ``full`` trains every weight, for comparison."""
-
-
-class LearningNet(WMHNet):
-    """A finished network that goes on learning, every layer as at inference.
-
-    BatchNorm uses the running statistics of the base and leaves them alone: a few scans of one site
-    would give poor ones, and the layers behind it were trained on these.
-    """
-
-    @classmethod
-    def of(cls, net: WMHNet) -> LearningNet:
-        """Take over the parts of a network."""
-        mean, std = (
-            None if column is None else column.flatten().tolist()
-            for column in (net.input_mean, net.input_std)
-        )
-        return cls(
-            net.adapter, net.encoder, net.decoder, adaptation=net.adaptation, mean=mean, std=std
-        )
-
-    def train(self, mode: bool = True) -> LearningNet:
-        """Stay in evaluation mode; gradients flow all the same."""
-        super().train(False)
-        return self
 
 
 @dataclass(frozen=True)
@@ -102,7 +78,7 @@ class Base:
         """Load the model as it is."""
         return load_model(self.path, base_weights=self.base_weights)
 
-    def learning_net(self, seed: int) -> LearningNet:
+    def learning_net(self, seed: int) -> SettledNet:
         """Make a network that computes what the base does, ready for training.
 
         Raises
@@ -114,7 +90,7 @@ class Base:
         if self.method == "full":
             net.adaptation = "full"
             net.requires_grad_(True)
-            return LearningNet.of(net)
+            return SettledNet.of(net)
         net.adaptation = "lora"
         net.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
@@ -122,16 +98,16 @@ class Base:
             add_lora(net.encoder, LoraSettings(adapter_ranks(net, _targets(card.model))))
         net.decoder.requires_grad_(True)
         net.adapter.requires_grad_(True)
-        return LearningNet.of(net)
+        return SettledNet.of(net)
 
     def save(
-        self, net: LearningNet, card: ModelCard, target: Path, record: Record, *, overwrite: bool
+        self, net: SettledNet, card: ModelCard, target: Path, record: Record, *, overwrite: bool
     ) -> None:
         """Write what the network has learned: an adapter, or with ``full`` a model.
 
         Parameters
         ----------
-        net : LearningNet
+        net : SettledNet
             From `learning_net`, trained.
         card : ModelCard
             Of the base.

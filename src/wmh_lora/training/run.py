@@ -24,6 +24,7 @@ from wmh_lora.files import open_atomic
 from wmh_lora.models.encoders import encoder_spec
 from wmh_lora.models.model_file import ModelCard, file_sha256, save_model
 from wmh_lora.models.network import WMHNet, build_network
+from wmh_lora.models.registry import model_path
 from wmh_lora.models.weights import resolve_base_weights
 from wmh_lora.training.checkpoint import checkpoint_paths
 from wmh_lora.training.locking import locks_run_folder
@@ -31,6 +32,7 @@ from wmh_lora.training.logbook import RunLogs
 from wmh_lora.training.losses import SegmentationLoss
 from wmh_lora.training.processes import Processes
 from wmh_lora.training.settings import RunConfig, ValidationCase
+from wmh_lora.training.start import start_from_model, train_t1_alone
 from wmh_lora.training.trainer import Trainer
 from wmh_lora.training.validate import Validator, validation_files
 
@@ -82,14 +84,21 @@ def train(
     config = with_split_validation(config)
     validate = Validator(config) if config.validation else None
     base_weights = _base_weights(config)
+    base_sha256 = "" if base_weights is None else file_sha256(base_weights)
     net = build_network(config.model, base_weights, for_training=True, seed=settings.seed)
+    start = model_path(settings.start_from) if settings.start_from else None
+    if start is not None:
+        start_from_model(net, config.model, base_sha256, start)
+    if settings.trained == "t1":
+        net = train_t1_alone(net)
     _check_sizes(config, net.size_multiple)
     if settings.gradient_checkpointing:
         _checkpoint_gradients(net.encoder, config.model.encoder)
     stream = _build_stream(config, run_dir, processes)
     config = _in_steps(config, stream)
     if processes.first:
-        _prepare_folder(config, run_dir, resume, stream.files())
+        files = stream.files() + ([] if start is None else [start])
+        _prepare_folder(config, run_dir, resume, files)
     logs = RunLogs(run_dir, tensorboard=config.training.tensorboard) if processes.first else None
     trainer = Trainer(
         net,
@@ -98,9 +107,7 @@ def train(
         config.training,
         run_dir,
         validate=validate,
-        save_model=functools.partial(
-            _save_model, config, "" if base_weights is None else file_sha256(base_weights)
-        ),
+        save_model=functools.partial(_save_model, config, base_sha256),
         on_record=logs,
         processes=processes,
     )

@@ -45,6 +45,12 @@ class TrainingConfig:
         Side of the square training crops, pixels; 0 for whole slices.
     base_weights
         Checkpoint of the base encoder; the installed or cached one by default.
+    start_from
+        Model file, or name of a packaged model, whose weights are the first; empty to begin with
+        none. It has the same ``[model]`` settings, or lacks T1.
+    trained
+        ``all`` that ``model.adaptation`` allows, or ``t1``: the convolution that T1 enters by, and
+        nothing else, so that without T1 the model stays what it was.
     seed
         Seed of initial weights, dropout and the sample stream.
     lora_lr, adapter_lr, decoder_lr, encoder_lr
@@ -106,6 +112,8 @@ class TrainingConfig:
     accumulation: int = 1
     crop: int = 128
     base_weights: str = ""
+    start_from: str = ""
+    trained: Literal["all", "t1"] = "all"
     seed: int = 42
     lora_lr: float = 3e-4
     adapter_lr: float = 3e-4
@@ -162,6 +170,7 @@ class TrainingConfig:
         known = self.precision in ("auto", "fp32", "bf16", "fp16")
         _require(known, "precision", self.precision, "auto, fp32, bf16 or fp16")
         _require(self.device in ("auto", "cpu"), "device", self.device, "auto or cpu")
+        _require(self.trained in ("all", "t1"), "trained", self.trained, "all or t1")
         known = self.schedule in ("cosine", "warm-restarts")
         _require(known, "schedule", self.schedule, "cosine or warm-restarts")
         if self.schedule == "warm-restarts":

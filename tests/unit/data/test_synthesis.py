@@ -212,6 +212,34 @@ def test_fields_are_smooth_and_of_unit_spread() -> None:
     assert np.abs(np.diff(field, axis=0)).mean() < 0.35 * field.std()
 
 
+def test_a_t1_lies_on_its_flair_and_leaves_it_as_it_is() -> None:
+    """Where the FLAIR's masks say ventricle, the T1 is dark by its own header; around, bright."""
+    seed, dark, compared = 3, [], 0
+    for number in range(4):
+        alone, both = (
+            synthesize(np.random.default_rng([seed, number]), mni_anatomy(), None, with_t1=with_t1)
+            for with_t1 in (False, True)
+        )
+        assert alone.t1 is None
+        assert both.t1 is not None
+        np.testing.assert_array_equal(alone.volume.data, both.volume.data)
+        np.testing.assert_array_equal(alone.volume.affine, both.volume.affine)
+        to_t1 = np.linalg.inv(both.t1.affine) @ both.volume.affine
+        ventricle = both.masks["ventricles"] > 0
+        # 4 to 8 mm away lies tissue, mostly white matter
+        away_mm = ndimage.distance_transform_edt(~ventricle, sampling=both.volume.spacing_mm)
+        around = (away_mm > 4) & (away_mm < 8) & (both.masks["brain"] > 0)
+        means = []
+        for place in (ventricle, around):
+            voxels = np.argwhere(place)
+            where = to_t1[:3, :3] @ voxels.T + to_t1[:3, 3:]
+            means.append(float(ndimage.map_coordinates(both.t1.data, where, order=1).mean()))
+        dark.append(means[0] / means[1])
+        compared += len(np.argwhere(ventricle)) > 100
+    assert compared == 4
+    assert max(dark) < 0.75
+
+
 def test_the_demo_case_has_lesions() -> None:
     image, affine, reference = demo_case(227)
     assert image.shape == reference.shape
