@@ -27,6 +27,7 @@ else:  # Python 3.10 has no TOML reader of its own
     import tomli as tomllib
 
 __all__ = [
+    "PREPROCESS_VERSIONS",
     "TTA_MODES",
     "Adaptation",
     "DecoderKind",
@@ -57,6 +58,11 @@ def _require(condition: bool, name: str, expected: str, found: object) -> None:
         raise ConfigError(f"Setting {name!r} must be {expected}, found {found!r}.")
 
 
+PREPROCESS_VERSIONS = (1, 2)
+"""Ways of making the network's input, the newest last: a model goes on seeing what it was trained
+on. They differ in how white matter is found, see `wmh_lora.preprocess_head.landmarks`."""
+
+
 @dataclass(frozen=True)
 class PreprocessConfig:
     """How a scan becomes network input; part of the model file.
@@ -64,7 +70,7 @@ class PreprocessConfig:
     Attributes
     ----------
     version : int
-        Version of the preprocessing algorithm the network was trained with.
+        Which of `PREPROCESS_VERSIONS` the network was trained with.
     pixel_size_mm : float
         In-plane pixel size after resampling.
     context_mm : float
@@ -75,14 +81,15 @@ class PreprocessConfig:
         Height and width are padded to a multiple of this.
     """
 
-    version: int = 1
+    version: int = PREPROCESS_VERSIONS[-1]
     pixel_size_mm: float = 1.0
     context_mm: float = 3.0
     margin_mm: float = 6.0
     multiple_px: int = 8
 
     def __post_init__(self) -> None:
-        _require(self.version >= 1, "version", "at least 1", self.version)
+        known = self.version in PREPROCESS_VERSIONS
+        _require(known, "version", f"one of {PREPROCESS_VERSIONS}", self.version)
         size = self.pixel_size_mm
         _require(math.isfinite(size) and size > 0, "pixel_size_mm", "a positive length", size)
         for name in ("context_mm", "margin_mm"):

@@ -30,7 +30,6 @@ from wmh_lora.files import image_stem, open_atomic, write_failure
 from wmh_lora.logs import LOGGER
 from wmh_lora.models.model_file import read_model_card, weights_sha256
 from wmh_lora.models.registry import load_model
-from wmh_lora.preprocess import PREPROCESS_VERSION
 from wmh_lora.volume import Volume
 
 __all__ = ["MapProgress", "ProbabilityMaps"]
@@ -46,8 +45,8 @@ _FORMAT = 2
 class ProbabilityMaps:
     """The maps of one model, computed when they are first asked for and kept in a folder.
 
-    A map is found again by the model's weights and network settings, the image's bytes, the
-    versions of preprocessing and package, the views, the kind of device and the approximations that
+    A map is found again by the model's weights, network and preprocessing settings, the image's
+    bytes, the package's version, the views, the kind of device and the approximations that
     the model's settings allow. A kept map whose
     checksum is wrong is computed again.
 
@@ -84,7 +83,6 @@ class ProbabilityMaps:
         self._identity = {
             "format": _FORMAT,
             "package": __version__,
-            "preprocess_version": PREPROCESS_VERSION,
             # not the file's checksum: settings that are written into its card change no map
             "weights": weights_sha256(model),
             "base": [card.base_sha256, card.base_seed],

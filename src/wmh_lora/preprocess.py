@@ -38,9 +38,6 @@ from wmh_lora.volume import Volume
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
-PREPROCESS_VERSION = 1
-"""Raised whenever the network's input changes for the same scan; stored in every model file."""
-
 WHITE_MATTER_LEVEL = 0.4
 """Where the white matter mode lands in [0, 1]: lesions up to 2.5 times as bright stay unclipped."""
 
@@ -103,7 +100,7 @@ def preprocess(volume: Volume, config: PreprocessConfig, plane: Plane | None = N
     coarse, coarse_spacing = coarse_scan(scan, background, view.spacing_mm)
     head = find_head(coarse, coarse_spacing)
     superior = next(i for i, axis in enumerate(view.axes) if axis == superior_axis(volume))
-    floor, white_matter = landmarks(coarse, head, coarse_spacing, superior, volume)
+    floor, white_matter = landmarks(coarse, head, coarse_spacing, superior, volume, config.version)
     view = _crop(view, head, coarse_spacing, config)
 
     gain = WHITE_MATTER_LEVEL / (white_matter - floor)

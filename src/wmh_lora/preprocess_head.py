@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from wmh_lora.config import PREPROCESS_VERSIONS
 from wmh_lora.errors import DataError
 from wmh_lora.view import View
 from wmh_lora.volume import Volume
@@ -16,7 +17,8 @@ FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
 _COARSE_MM = 3.0
-_CORE_DEPTHS_MM = (20.0, 10.0, 5.0, 0.0)
+_CORE_DEPTHS_MM = {1: (20.0, 10.0, 5.0, 0.0), 2: (15.0, 10.0, 5.0, 0.0)}
+_PEAK_SHARE = {1: 1.0, 2: 0.6}  # of the highest peak of a histogram, for a darker one to count
 _CORE_HEIGHT_MM = 110.0
 _CORE_MINIMUM_ML = 20.0
 _FLOOR_PERCENTILE = 1.0
@@ -84,11 +86,15 @@ def landmarks(
     spacing_mm: tuple[float, float, float],
     superior: int,
     volume: Volume,
+    version: int = PREPROCESS_VERSIONS[-1],
 ) -> tuple[float, float]:
-    """Return the dark end and the mode of the intensities deep inside the upper head.
+    """Return fluid and white matter: two landmarks among the intensities inside the upper head.
 
     Depth keeps scalp fat, bone and ragged extraction edges out, so that the same brain gets the
-    same landmarks with its skull and without.
+    same landmarks with its skull and without. Fluid is their first percentile. White matter is in
+    version 1 the highest peak of their histogram more than 20 mm inside the head, and in version 2
+    the darkest clear peak more than 15 mm inside: around the ventricles, lesions of 80 mL and more
+    can outnumber it, but not further out, and they are brighter.
     """
     present = np.flatnonzero(head.any(axis=tuple(a for a in range(3) if a != superior)))
     height = int(_CORE_HEIGHT_MM / spacing_mm[superior])
@@ -102,24 +108,24 @@ def landmarks(
     )
     upper[tuple(along)] = head[tuple(along)]
     depth = ndimage.distance_transform_edt(head, sampling=spacing_mm)
-    for minimum in _CORE_DEPTHS_MM:
+    for minimum in _CORE_DEPTHS_MM[version]:
         core = coarse[upper & (depth > minimum)]
         if core.size * np.prod(spacing_mm) / 1000.0 > _CORE_MINIMUM_ML:
             break
     if core.size == 0:
         core = coarse[head]
     floor = float(np.percentile(core, _FLOOR_PERCENTILE))
-    mode = _mode(core)
-    if not mode > floor:  # more than half of the core is one dark value
-        mode = float(core.max())
-    if not mode > floor:
+    white_matter = _darkest_peak(core, _PEAK_SHARE[version])
+    if not white_matter > floor:  # more than half of the core is one dark value
+        white_matter = float(core.max())
+    if not white_matter > floor:
         source = volume.path or "the image"
         raise DataError(f"{source}: the head shows no contrast; is this a FLAIR image of a brain?")
-    return floor, mode
+    return floor, white_matter
 
 
-def _mode(values: FloatArray) -> float:
-    """Return the most frequent level: the peak of a smoothed histogram."""
+def _darkest_peak(values: FloatArray, share: float) -> float:
+    """Return the darkest peak of a smoothed histogram that reaches a share of the highest."""
     low, high = np.percentile(values, [0.5, 99.5])
     if not high > low:
         return float(high)
@@ -127,7 +133,12 @@ def _mode(values: FloatArray) -> float:
     smooth = ndimage.gaussian_filter1d(counts.astype(np.float64), 3.0, mode="constant")
     # CSF can be the sharper peak where ventricles are large: look above the darkest quarter only
     start = len(smooth) // 4
-    peak = start + int(np.argmax(smooth[start:]))
+    padded = np.pad(smooth, 1)
+    is_peak = (smooth >= padded[:-2]) & (smooth >= padded[2:])
+    peaks = np.flatnonzero(is_peak & (smooth >= share * smooth[start:].max()))
+    peaks = peaks[peaks >= start]
+    # where all falls from the quarter on, there is none
+    peak = int(peaks[0]) if peaks.size else start + int(np.argmax(smooth[start:]))
     return float((edges[peak] + edges[peak + 1]) / 2)
 
 

@@ -195,6 +195,34 @@ def test_an_image_without_tissue_is_refused() -> None:
         preprocess(Volume(np.full_like(blank, np.nan), np.eye(4)), CONFIG)
 
 
+def heavy_head(lesion_radius: float) -> tuple[Volume, npt.NDArray[np.bool_]]:
+    """A head of white matter about fluid, with a shell of lesion around the fluid; and the shell.
+
+    Of radius 0.62, the shell outnumbers white matter more than 20 mm inside the head.
+    """
+    grids = (np.linspace(-1.15, 1.15, n) for n in (64, 76, 50))
+    radius = np.sqrt(sum(grid**2 for grid in np.meshgrid(*grids, indexing="ij")))
+    lesion = (radius > 0.25) & (radius < lesion_radius)
+    image = np.where(radius < 1, 100.0, 0.0)
+    image[(radius > 0.93) & (radius < 1)] = 125.0  # cortex
+    image[lesion], image[radius <= 0.25] = 145.0, 20.0
+    noise = np.random.default_rng(0).normal(0.0, 4.0, image.shape)
+    image = np.where(radius < 1, image + noise, 0.0).astype(np.float32)
+    return Volume(image, np.diag([3.0, 3.0, 3.0, 1.0])), lesion
+
+
+@pytest.mark.parametrize(("lesion_radius", "version_1"), [(0.35, 0.4), (0.62, 0.26)])
+def test_white_matter_is_found_where_lesions_outnumber_it(
+    lesion_radius: float, version_1: float
+) -> None:
+    volume, lesion = heavy_head(lesion_radius)
+    for version, expected in ((1, version_1), (2, 0.4)):
+        prepared = preprocess(volume, PreprocessConfig(version=version))
+        shown = np.median(prepared.slices[to_model_grid(lesion, prepared) > 0.9])
+        # lesion is 1.56 times as far above fluid as white matter
+        assert shown / ((145 - 20) / (100 - 20)) == pytest.approx(expected, abs=0.02)
+
+
 @pytest.mark.realdata
 def test_the_same_brain_gets_the_same_landmarks_with_and_without_its_skull(
     shared_data: Path,

@@ -23,7 +23,7 @@ from wmh_lora.data.manifest import Scan
 from wmh_lora.data.sources import LabelledScans, read_masks
 from wmh_lora.data.synthesis import IGNORED
 from wmh_lora.files import open_atomic
-from wmh_lora.preprocess import PREPROCESS_VERSION, Prepared, preprocess, to_model_grid
+from wmh_lora.preprocess import Prepared, preprocess, to_model_grid
 from wmh_lora.t1 import T1_VERSION, prepare_t1
 from wmh_lora.volume import Volume
 
@@ -145,7 +145,7 @@ class ScanCache:
         return CachedScan(entry.context_offset, entry.count, entry.lesion, files)
 
     def _key(self, *contents: object) -> str:
-        settings = [_FORMAT, PREPROCESS_VERSION, to_dict(self.config)]
+        settings = [_FORMAT, to_dict(self.config)]
         text = json.dumps([*contents, *settings])
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
