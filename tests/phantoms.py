@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,33 @@ def brightness_model(**inference: object) -> Model:
         base_sha256="0" * 64,
     )
     return Model(net=BrightnessNet(), card=card, path=Path("brightness"), sha256="1" * 64)
+
+
+class T1Net(nn.Module):
+    """Lesion is what is bright on FLAIR, unless the T1 beside it is bright as well."""
+
+    def forward(self, slices: Tensor, t1: Tensor | None = None) -> Tensor:
+        logits = 40.0 * (slices[:, 1:2] - 0.7)
+        if t1 is not None:
+            assert t1.shape[1] == 1
+            logits = logits - 80.0 * (t1[:, :1] > 0.85)
+        return torch.cat([logits, logits * 0.0 - 20.0, logits * 0.0 + 20.0], dim=1)
+
+
+def t1_model(**inference: object) -> Model:
+    """A model that takes a T1, see `T1Net`."""
+    model = brightness_model(**inference)
+    card = replace(model.card, model=replace(model.card.model, t1_channels=1))
+    return replace(model, net=T1Net(), card=card)
+
+
+def t1_of_head(flair: Volume, bright: NDArray[np.uint8]) -> Volume:
+    """White matter and dark ventricles; what is marked is bright, on a shifted grid."""
+    data = np.where(flair.data > 150, 700.0, np.where(flair.data > 30, 150.0, 0.0))
+    data[bright > 0] = 1400.0
+    affine = flair.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ [2.0, 0.0, 0.0]
+    return Volume(data[2:].astype(np.float32), affine)
 
 
 def head(seed: int = 0) -> tuple[Volume, NDArray[np.uint8]]:

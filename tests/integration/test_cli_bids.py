@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.bids_trees import errors_of, validate, warnings_of, write_dataset
-from tests.phantoms import brightness_model, head
+from tests.phantoms import brightness_model, head, t1_model, t1_of_head
 from wmh_lora.bids.discovery import find_flairs
 from wmh_lora.bids.names import derived_files
 from wmh_lora.cli.bids_run import RunOptions, describe_model
@@ -23,8 +23,9 @@ from wmh_lora.cli.main import cli
 from wmh_lora.cli.options import Options
 from wmh_lora.engine import load_model
 from wmh_lora.errors import ConfigError
+from wmh_lora.files import file_sha256
 from wmh_lora.models.init import init_model
-from wmh_lora.volume import Volume
+from wmh_lora.volume import Volume, write_nifti
 
 SCANS = ("sub-01_ses-1_acq-3d_run-1", "sub-01_ses-1_acq-3d_run-2", "sub-01_ses-2", "sub-02_chunk-1")
 
@@ -297,3 +298,46 @@ def test_real_data_sets_give_valid_derivatives(
     assert errors_of(issues) == []
     description = json.loads((out / "dataset_description.json").read_text(encoding="utf-8"))
     assert (out / description["DatasetLinks"]["raw"]).resolve() == root.resolve()
+
+
+class TestT1:
+    """Scan 2 has a T1 in which one of its two lesions is bright, and therefore none."""
+
+    @pytest.fixture
+    def with_t1(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        model = t1_model()
+        monkeypatch.setattr("wmh_lora.engine.load_model", lambda name, **_: model)
+        monkeypatch.setattr("wmh_lora.models.model_file.read_model_card", lambda _: model.card)
+        flair, second = head(1)
+        second[:, 25:] = 0
+        path = root / "sub-01" / "ses-2" / "anat" / "sub-01_ses-2_T1w.nii.gz"
+        t1 = t1_of_head(flair, second)
+        write_nifti(path, t1.data, t1)
+        return path
+
+    def test_is_shown_where_there_is_one_and_recorded(
+        self, with_t1: Path, root: Path, run: Run, tmp_path: Path
+    ) -> None:
+        first = run("--t1")
+        assert first.exit_code == 0, first.output
+        assert "3 FLAIR scans have no T1w" in first.stderr
+        lesions = [line.rpartition(" in ")[2] for line in first.stdout.splitlines()[:4]]
+        assert lesions == ["2 lesions", "2 lesions", "1 lesion", "2 lesions"]
+        scan = find_flairs(root, with_t1=True).scans[2]
+        sidecar = json.loads(derived_files(tmp_path / "out", scan.name).mask_sidecar.read_text())
+        assert sidecar["Sources"][1].endswith(with_t1.name)
+        assert sidecar["T1SHA256"] == file_sha256(with_t1)
+        assert "4 scans were finished before" in run("--t1").stdout
+        without = run()  # other results than those that are there
+        assert without.exit_code == 2
+        assert "sub-01_ses-2" in without.stderr
+
+    def test_a_model_of_flair_alone_says_so(self, run: Run) -> None:
+        result = run("--t1")
+        assert result.exit_code == 2
+        assert "takes FLAIR alone" in result.stderr
+
+    def test_is_not_to_be_registered_where_none_is_used(self, run: Run) -> None:
+        result = run("--register-t1")
+        assert result.exit_code == 2
+        assert "needs --t1" in result.stderr

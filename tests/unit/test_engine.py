@@ -15,11 +15,17 @@ import numpy as np
 import pytest
 import torch
 from nibabel.orientations import apply_orientation, inv_ornt_aff
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import wmh_lora
-from tests.phantoms import BrightnessNet, brightness_model, head, write_head
+from tests.phantoms import (
+    BrightnessNet,
+    brightness_model,
+    head,
+    t1_model,
+    t1_of_head,
+    write_head,
+)
 from wmh_lora.config import ModelConfig, PreprocessConfig, TtaMode
 from wmh_lora.engine import Segmentation, WMHInferenceEngine, choose_device, segment
 from wmh_lora.engine_views import VIEWS, turn
@@ -361,42 +367,15 @@ class TestDevices:
             WMHInferenceEngine(Broken(), "cpu").predict(head()[0])
 
 
-class _WithT1(nn.Module):
-    """Lesion is what is bright on FLAIR, unless the T1 beside it is bright as well."""
-
-    def forward(self, slices: Tensor, t1: Tensor | None = None) -> Tensor:
-        logits = 40.0 * (slices[:, 1:2] - 0.7)
-        if t1 is not None:
-            assert t1.shape[1] == 1
-            logits = logits - 80.0 * (t1[:, :1] > 0.85)
-        return torch.cat([logits, logits * 0.0 - 20.0, logits * 0.0 + 20.0], dim=1)
-
-
 class TestT1:
-    @staticmethod
-    def _model() -> Model:
-        model = brightness_model(tta="flip")
-        config = replace(model.card.model, t1_channels=1)
-        card = replace(model.card, model=config)
-        return replace(model, net=_WithT1(), card=card)
-
-    @staticmethod
-    def _t1(flair: Volume, bright: NDArray[np.uint8]) -> Volume:
-        """White matter and dark ventricles; the second lesion bright, on a shifted grid."""
-        data = np.where(flair.data > 150, 700.0, np.where(flair.data > 30, 150.0, 0.0))
-        data[bright > 0] = 1400.0
-        affine = flair.affine.copy()
-        affine[:3, 3] += affine[:3, :3] @ [2.0, 0.0, 0.0]
-        return Volume(data[2:].astype(np.float32), affine)
-
     def test_changes_what_the_network_sees_in_place(self) -> None:
         flair, mask = head()
         second = mask.copy()
         second[:, 25:] = 0
         assert 0 < second.sum() < mask.sum()
-        engine = WMHInferenceEngine(self._model(), "cpu")
+        engine = WMHInferenceEngine(t1_model(tta="flip"), "cpu")
         alone = engine.segment(flair)
-        both = engine.segment(flair, t1=self._t1(flair, second))
+        both = engine.segment(flair, t1=t1_of_head(flair, second))
         assert alone.mask[mask > 0].mean() > 0.9
         assert both.mask[(mask > 0) & (second == 0)].mean() > 0.9
         assert both.mask[second > 0].mean() < 0.1
@@ -409,7 +388,7 @@ class TestT1:
 
     def test_another_place_is_refused(self) -> None:
         flair, mask = head()
-        t1 = self._t1(flair, mask)
+        t1 = t1_of_head(flair, mask)
         t1.affine[:3, 3] += 150.0
         with pytest.raises(GridMismatchError, match="--register-t1"):
-            WMHInferenceEngine(self._model(), "cpu").segment(flair, t1=t1)
+            WMHInferenceEngine(t1_model(tta="flip"), "cpu").segment(flair, t1=t1)

@@ -45,7 +45,7 @@ class TestBoutiques:
         assert descriptor() == BOUTIQUES, "run python tools/build_boutiques.py"
 
     def test_command_line_and_inputs_agree(self) -> None:
-        keys = re.findall(r"\[[A-Z_]+\]", BOUTIQUES["command-line"])
+        keys = re.findall(r"\[[A-Z0-9_]+\]", BOUTIQUES["command-line"])
         inputs = BOUTIQUES["inputs"]
         assert len(set(keys)) == len(keys)
         assert sorted(keys) == sorted(entry["value-key"] for entry in inputs)

@@ -115,8 +115,7 @@ def results_state(out_dir: Path, scan: RawScan, record: Mapping[str, Any]) -> St
     present = [path for path in files if os.path.lexists(path)]
     if not present:
         return "absent"
-    digest = file_sha256(scan.source) if scan.source.is_file() else ""
-    expected = _sidecars(scan, record, digest)
+    expected = _sidecars(scan, record, _sha256(scan.source))
     written = (_read_sidecar(files.mask_sidecar), _read_sidecar(files.probability_sidecar))
     if any(found is not None and found != wanted for found, wanted in zip(written, expected)):
         return "different"
@@ -219,8 +218,9 @@ def _sidecars(
     """Sidecars of mask and probability map; they hold no results, so a rerun can compare them."""
     common = {
         "Type": "Lesion",
-        "Sources": [scan.uri],
+        "Sources": scan.uris,
         "SourceSHA256": source_sha256,
+        **({} if scan.t1 is None else {"T1SHA256": _sha256(scan.t1)}),
         "SpatialReference": "orig",
         "Manual": False,
         **record,
@@ -228,6 +228,10 @@ def _sidecars(
     mask = "White matter hyperintensities: 1 lesion, 0 background, on the grid of the source"
     probability = "Probability of white matter hyperintensity before the threshold, in [0, 1]"
     return {"Description": mask, **common}, {"Description": probability, **common}
+
+
+def _sha256(path: Path) -> str:
+    return file_sha256(path) if path.is_file() else ""
 
 
 def _read_sidecar(path: Path) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from wmh_lora.errors import ConfigError, DataError
 __all__ = ["FoundScans", "RawScan", "find_flairs", "read_dataset_description", "read_filters"]
 
 _ENDINGS = ("_FLAIR.nii.gz", "_FLAIR.nii")
+_T1_ENDINGS = ("_T1w.nii.gz", "_T1w.nii")
+_NOT_OF_A_T1 = frozenset({"part", "space", "label", "desc", "chunk"})  # parts, or derived
 _NOT_MAGNITUDE = frozenset({"phase", "real", "imag"})
 _FILTER_KEYS = {**{long: short for short, long in ENTITIES.items()}, **{s: s for s in ENTITIES}}
 # pybids lets a filter name these as well; a FLAIR has but one value of each
@@ -23,11 +25,12 @@ _FIXED = {"datatype": "anat", "suffix": "FLAIR"}
 
 @dataclass(frozen=True)
 class RawScan:
-    """A FLAIR of the data set, and its path within it."""
+    """A FLAIR of the data set, and its path within it; with its T1 where that is to be used."""
 
     root: Path
     path: Path  # below root
     name: BidsName
+    t1_path: Path | None = None  # below root
 
     @property
     def source(self) -> Path:
@@ -35,9 +38,15 @@ class RawScan:
         return self.root / self.path
 
     @property
-    def uri(self) -> str:
-        """Its BIDS URI, with the data set linked as ``raw``."""
-        return f"bids:raw:{self.path.as_posix()}"
+    def t1(self) -> Path | None:
+        """The T1's file."""
+        return None if self.t1_path is None else self.root / self.t1_path
+
+    @property
+    def uris(self) -> list[str]:
+        """BIDS URIs of the FLAIR and of its T1, with the data set linked as ``raw``."""
+        paths = [self.path, *([] if self.t1_path is None else [self.t1_path])]
+        return [f"bids:raw:{path.as_posix()}" for path in paths]
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,7 @@ def find_flairs(
     participants: Sequence[str] = (),
     sessions: Sequence[str] = (),
     filters: Mapping[str, Any] | None = None,
+    with_t1: bool = False,
 ) -> FoundScans:
     """Find the FLAIR scans of all participants, sessions and runs, or of the chosen ones.
 
@@ -123,6 +133,9 @@ def find_flairs(
         Labels, with or without ``sub-`` and ``ses-``; all if there are none.
     filters : mapping, optional
         From `read_filters`.
+    with_t1 : bool
+        Give each FLAIR the T1w of its session: of several, the one whose name shares most labels
+        with the FLAIR's, then the one with the fewest. A FLAIR without one stays alone.
 
     Raises
     ------
@@ -148,7 +161,7 @@ def find_flairs(
             if not wanted or session in wanted:
                 found += _flairs(root, folder / "anat")
         found = [scan for scan in found if _fits(scan.name, filters or {})]
-        scans += found
+        scans += [_with_t1(scan) for scan in found] if with_t1 else found
         if not found:
             without.append(f"sub-{label}")
     if absent := sorted(wanted - seen):
@@ -203,6 +216,25 @@ def _flairs(root: Path, folder: Path) -> list[RawScan]:
             if name.entities.get("part") not in _NOT_MAGNITUDE:
                 scans.append(RawScan(root, path.relative_to(root), name))
     return scans
+
+
+def _with_t1(scan: RawScan) -> RawScan:
+    """Add the T1 that goes with a FLAIR, if there is one."""
+
+    def distance(path: Path) -> tuple[int, int, str]:
+        entities = parse_name(path.name).entities
+        return -len(entities.items() & scan.name.entities.items()), len(entities), path.name
+
+    found = [
+        path
+        for path in scan.source.parent.iterdir()
+        if path.name.endswith(_T1_ENDINGS)
+        and not path.name.startswith(".")
+        and not parse_name(path.name).entities.keys() & _NOT_OF_A_T1
+    ]
+    if not found:
+        return scan
+    return replace(scan, t1_path=min(found, key=distance).relative_to(scan.root))
 
 
 def _fits(name: BidsName, filters: Mapping[str, Any]) -> bool:

@@ -71,6 +71,17 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     help='JSON that chooses among scans, such as {"flair": {"acquisition": "3d"}}.',
 )
 @click.option(
+    "--t1",
+    "with_t1",
+    is_flag=True,
+    help="Show the T1w of the session beside each FLAIR, where there is one, to a model for it.",
+)
+@click.option(
+    "--register-t1",
+    is_flag=True,
+    help="Correct movement between T1 and FLAIR first; needs the registration extra.",
+)
+@click.option(
     "-w",
     "--work-dir",
     type=_FOLDER,
@@ -122,6 +133,11 @@ def bids(
     from wmh_lora.cli.bids_run import RunOptions, run_participants
     from wmh_lora.cli.options import Options
 
+    with_t1 = settings.pop("with_t1")
+    if settings["register_t1"] and not with_t1:
+        raise click.UsageError("--register-t1 needs --t1.")
+    if with_t1:
+        _check_t1_options(settings)
     scans = _prepare(
         bids_dir,
         out_dir,
@@ -129,6 +145,7 @@ def bids(
         sessions,
         filter_file=settings.pop("bids_filter_file"),
         check=not settings.pop("skip_bids_validation"),
+        with_t1=with_t1,
     )
     work_dir = settings.pop("work_dir")
     if work_dir is not None:
@@ -178,6 +195,7 @@ def _prepare(
     *,
     filter_file: Path | None,
     check: bool,
+    with_t1: bool,
 ) -> tuple[Any, ...]:
     """Find the scans, and set the derivatives up."""
     from wmh_lora.bids.derivatives import write_dataset_files
@@ -192,7 +210,12 @@ def _prepare(
             raise
         description = {}
     filters = None if filter_file is None else read_filters(filter_file)
-    found = find_flairs(bids_dir, participants=participants, sessions=sessions, filters=filters)
+    found = find_flairs(
+        bids_dir, participants=participants, sessions=sessions, filters=filters, with_t1=with_t1
+    )
+    alone = sum(scan.t1 is None for scan in found.scans)
+    if with_t1 and alone:
+        click.echo(f"{alone} FLAIR scans have no T1w and are segmented without.", err=True)
     if found.without:
         listed = ", ".join(found.without[:10]) + (", ..." if len(found.without) > 10 else "")
         click.echo(f"{len(found.without)} participants have no such FLAIR: {listed}", err=True)
@@ -204,6 +227,21 @@ def _prepare(
     with output_folder(out_dir):
         write_dataset_files(out_dir, bids_dir, description)
     return found.scans
+
+
+def _check_t1_options(settings: dict[str, Any]) -> None:
+    """Refuse what cannot take a T1, before scans are looked for."""
+    from wmh_lora.models.model_file import read_model_card
+    from wmh_lora.models.registry import model_path
+
+    card = read_model_card(model_path(settings["model"]))
+    if not card.model.t1_channels:
+        raise ConfigError(
+            f"The model {card.name} takes FLAIR alone: leave --t1 out, or name a model that was "
+            "trained with T1."
+        )
+    if settings["backend"] != "torch":
+        raise ConfigError(f"The backend {settings['backend']} takes no T1; leave --backend out.")
 
 
 def _make_work_dir(work_dir: Path, bids_dir: Path) -> None:

@@ -139,6 +139,8 @@ def _plan(
     from wmh_lora.bids.derivatives import results_state, settings_record
 
     record = settings_record(model, inference)
+    if options.inference.register_t1:
+        record["T1Registered"] = True
     tasks, different = [], []
     for scan in scans:
         state = results_state(options.out_dir, scan, record)
@@ -231,7 +233,11 @@ def _segment(task: _Task, engine: WMHInferenceEngine, options: RunOptions) -> _R
     try:
         with _progress(options, name) as progress:
             found = engine.segment(
-                task.scan.source, progress=progress, **options.inference.inference
+                task.scan.source,
+                t1=task.scan.t1,
+                register_t1=options.inference.register_t1,
+                progress=progress,
+                **options.inference.inference,
             )
         report = save_scan(found, task.scan, options.out_dir, task.record, overwrite=task.replaces)
     except Exception as error:  # noqa: BLE001 -- told to the user; the other scans go on

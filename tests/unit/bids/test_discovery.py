@@ -53,8 +53,31 @@ def test_all_sessions_and_runs_and_nothing_else(root: Path) -> None:
     found = find_flairs(root)
     assert stems(found) == ALL
     assert found.without == ("sub-03",)
-    assert found.scans[1].uri == f"bids:raw:{FILES[2]}"
+    assert found.scans[1].uris == [f"bids:raw:{FILES[2]}"]
     assert all(scan.source.is_file() for scan in found.scans)
+
+
+def test_a_t1_is_that_of_the_session_with_the_nearest_name(root: Path) -> None:
+    session = "sub-02/ses-1/anat/sub-02_ses-1"
+    tree(
+        root,
+        f"{session}_acq-2d_T1w.nii.gz",
+        f"{session}_acq-3d_run-02_T1w.nii.gz",
+        f"{session}_T1w.nii.gz",
+        f"{session}_acq-3d_run-01_space-MNI_T1w.nii.gz",  # derived
+        f"{session}_acq-3d_run-01_part-phase_T1w.nii.gz",
+        "sub-02/ses-1/anat/._sub-02_ses-1_acq-3d_run-01_T1w.nii.gz",
+    )
+    found = find_flairs(root, with_t1=True)
+    assert stems(found) == ALL
+    assert [scan.t1 and scan.t1.relative_to(root).as_posix() for scan in found.scans] == [
+        FILES[1],
+        f"{session}_acq-3d_run-02_T1w.nii.gz",  # acquisition is shared
+        f"{session}_acq-3d_run-02_T1w.nii.gz",
+        None,
+    ]
+    assert found.scans[0].uris == [f"bids:raw:{file}" for file in FILES[:2]]
+    assert all(scan.t1 is None for scan in find_flairs(root).scans)
 
 
 @pytest.mark.parametrize(
