@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -54,3 +55,21 @@ def uniform(rng: np.random.Generator, low: float, high: float) -> float:
 def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     """Draw one number, evenly in the logarithm."""
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def tissue_variation(rng: np.random.Generator, shape: tuple[int, int, int]) -> FloatArray:
+    """Draw factors about 1 by which a tissue differs from place to place: slowly, and as texture.
+
+    Parameters
+    ----------
+    rng
+        Source of randomness.
+    shape
+        (X, Y, Z), 1 mm voxels.
+    """
+    regional = 1.0 + uniform(rng, 0.01, 0.05) * smooth_field(rng, shape, uniform(rng, 15.0, 40.0))
+    texture = ndimage.gaussian_filter(
+        rng.standard_normal(shape, dtype=np.float32), uniform(rng, 0.7, 1.8)
+    )
+    texture *= uniform(rng, 0.01, 0.05) / texture.std()
+    return np.asarray(regional + texture, dtype=np.float32)

@@ -14,7 +14,14 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from wmh_lora.data.anatomy import Tissue
-from wmh_lora.data.fields import FloatArray, log_uniform, smooth_field, uniform, upsample
+from wmh_lora.data.fields import (
+    FloatArray,
+    log_uniform,
+    smooth_field,
+    tissue_variation,
+    uniform,
+    upsample,
+)
 
 LabelArray = npt.NDArray[np.uint8]
 
@@ -60,12 +67,7 @@ def paint(
     image = tissue_contrast(rng)[tissue]
     shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
     brain = (tissue >= Tissue.CORTEX) & (tissue < Tissue.BONE)
-    regional = 1.0 + uniform(rng, 0.01, 0.05) * smooth_field(rng, shape, uniform(rng, 15.0, 40.0))
-    texture = ndimage.gaussian_filter(
-        rng.standard_normal(shape, dtype=np.float32), uniform(rng, 0.7, 1.8)
-    )
-    texture *= uniform(rng, 0.01, 0.05) / texture.std()
-    image = np.where(brain, image * (regional + texture), image)
+    image = np.where(brain, image * tissue_variation(rng, shape), image)
     grey = np.isin(tissue, (Tissue.CORTEX, Tissue.LIMBIC, Tissue.CEREBELLAR_CORTEX))
     uneven = 1.0 + uniform(rng, 0.0, 0.18) * smooth_field(rng, shape, uniform(rng, 10.0, 25.0))
     image = np.where(grey, image * uneven, image)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from wmh_lora.data.anatomy import Tissue
-from wmh_lora.data.fields import FloatArray, log_uniform, smooth_field, uniform
+from wmh_lora.data.fields import FloatArray, log_uniform, smooth_field, tissue_variation, uniform
 
 DARKEST_LESION = 0.5
 """Of a lesion's signal, the share that it loses at most."""
@@ -38,12 +38,7 @@ def paint_t1(
     """
     image = t1_contrast(rng)[tissue]
     shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
-    regional = 1.0 + uniform(rng, 0.01, 0.05) * smooth_field(rng, shape, uniform(rng, 15.0, 40.0))
-    texture = ndimage.gaussian_filter(
-        rng.standard_normal(shape, dtype=np.float32), uniform(rng, 0.7, 1.8)
-    )
-    texture *= uniform(rng, 0.01, 0.04) / texture.std()
-    image *= regional + texture
+    image *= tissue_variation(rng, shape)
     if lesions.any():
         between = np.exp(uniform(rng, 0.1, 0.5) * smooth_field(rng, shape, uniform(rng, 6.0, 14.0)))
         lost = np.clip(uniform(rng, 0.0, DARKEST_LESION) * between, 0.0, DARKEST_LESION)
