@@ -88,7 +88,7 @@ def train(
     net = build_network(config.model, base_weights, for_training=True, seed=settings.seed)
     start = model_path(settings.start_from) if settings.start_from else None
     if start is not None:
-        start_from_model(net, config.model, base_sha256, start)
+        start_from_model(net, config, base_sha256, start)
     if settings.trained == "t1":
         net = train_t1_alone(net)
     _check_sizes(config, net.size_multiple)

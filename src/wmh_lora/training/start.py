@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
-from wmh_lora.config import ModelConfig
 from wmh_lora.errors import AdapterMismatchError, ConfigError
 from wmh_lora.models.lora import load_lora_into_peft
 from wmh_lora.models.model_file import load_model_file, load_trained_parts
 from wmh_lora.models.network import WMHNet
+from wmh_lora.training.settings import RunConfig
 
 __all__ = ["SettledNet", "start_from_model", "train_t1_alone"]
+
+_log = logging.getLogger("wmh_lora")
 
 
 class SettledNet(WMHNet):
@@ -38,7 +41,7 @@ class SettledNet(WMHNet):
         return self
 
 
-def start_from_model(net: WMHNet, config: ModelConfig, base_sha256: str, path: Path) -> None:
+def start_from_model(net: WMHNet, config: RunConfig, base_sha256: str, path: Path) -> None:
     """Copy the weights of a finished model into a network that is about to be trained.
 
     Parameters
@@ -46,8 +49,9 @@ def start_from_model(net: WMHNet, config: ModelConfig, base_sha256: str, path: P
     net : WMHNet
         As built for training. If it takes T1 and the model does not, its T1 parameters stay as they
         are: at zero, where they change nothing.
-    config : ModelConfig
-        What it was built from.
+    config : RunConfig
+        What it was built from, and what it is to be shown: other ``[preprocess]`` settings than the
+        model's are told in a warning.
     base_sha256 : str
         Checksum of the base weights that it stands on; empty for none.
     path : Path
@@ -61,8 +65,8 @@ def start_from_model(net: WMHNet, config: ModelConfig, base_sha256: str, path: P
         If the file is absent, damaged or not a model.
     """
     card, tensors = load_model_file(path)
-    asked = replace(config, t1_channels=card.model.t1_channels)
-    if asked != card.model or card.model.t1_channels not in (0, config.t1_channels):
+    asked = replace(config.model, t1_channels=card.model.t1_channels)
+    if asked != card.model or card.model.t1_channels not in (0, config.model.t1_channels):
         raise ConfigError(
             f"training.start_from: the [model] settings are not those of {path}, which are "
             f"{card.model}. Only t1_channels may be given to a model that has none."
@@ -71,6 +75,13 @@ def start_from_model(net: WMHNet, config: ModelConfig, base_sha256: str, path: P
         raise AdapterMismatchError(
             f"training.start_from: {path} was trained on base weights with sha256 "
             f"{card.base_sha256[:12] or '(none)'}, these have {base_sha256[:12] or '(none)'}."
+        )
+    if card.preprocess != config.preprocess:
+        _log.warning(
+            "training.start_from: %s was trained with %s, and goes on with %s",
+            path,
+            card.preprocess,
+            config.preprocess,
         )
     own = {f"adapter.{name}": value for name, value in net.adapter.state_dict().items()}
     new = {name: value for name, value in own.items() if name not in tensors}

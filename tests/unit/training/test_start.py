@@ -12,6 +12,7 @@ from wmh_lora.config import InferenceConfig, ModelConfig, PreprocessConfig
 from wmh_lora.errors import AdapterMismatchError, ConfigError
 from wmh_lora.models.model_file import ModelCard, assemble_network, save_model
 from wmh_lora.models.network import WMHNet, build_network
+from wmh_lora.training.settings import RunConfig
 from wmh_lora.training.start import start_from_model, train_t1_alone
 
 FLAIR = ModelConfig("compact", adaptation="full", in_channels=3, decoder_channels=(8, 8, 8, 8))
@@ -33,7 +34,7 @@ def finished(tmp_path: Path) -> Path:
 
 def test_a_network_with_t1_begins_as_the_model_without(finished: Path) -> None:
     net = build_network(BOTH, None, for_training=True, seed=2)
-    start_from_model(net, BOTH, "", finished)
+    start_from_model(net, RunConfig(BOTH), "", finished)
     flair, t1 = torch.rand(2, 2, 3, 64, 64)
     expected = assemble_network(finished)[0](flair)
     net.eval()
@@ -43,7 +44,7 @@ def test_a_network_with_t1_begins_as_the_model_without(finished: Path) -> None:
 
 def test_training_t1_alone_changes_nothing_without_it(finished: Path) -> None:
     net = build_network(BOTH, None, for_training=True, seed=2)
-    start_from_model(net, BOTH, "", finished)
+    start_from_model(net, RunConfig(BOTH), "", finished)
     net = train_t1_alone(net).train()
     trained = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
     assert trained == ["adapter.t1_stem.weight"]
@@ -66,10 +67,20 @@ def _statistics(net: WMHNet) -> torch.Tensor:
 def test_a_model_of_other_settings_is_refused(finished: Path) -> None:
     other = dataclasses.replace(FLAIR, adapter_width=8)
     with pytest.raises(ConfigError, match=r"not those of .*finished"):
-        start_from_model(build_network(other, None, for_training=True), other, "", finished)
+        start_from_model(
+            build_network(other, None, for_training=True), RunConfig(other), "", finished
+        )
     net = build_network(FLAIR, None, for_training=True)
     with pytest.raises(AdapterMismatchError, match="was trained on base weights"):
-        start_from_model(net, FLAIR, "ab" * 32, finished)
+        start_from_model(net, RunConfig(FLAIR), "ab" * 32, finished)
+
+
+def test_other_preprocessing_is_told(finished: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net = build_network(FLAIR, None, for_training=True)
+    start_from_model(net, RunConfig(FLAIR), "", finished)
+    assert not caplog.records
+    start_from_model(net, RunConfig(FLAIR, PreprocessConfig(version=1)), "", finished)
+    assert "version=1" in caplog.text
 
 
 def test_t1_alone_needs_t1(finished: Path) -> None:
