@@ -97,7 +97,7 @@ def tissue_contrast(rng: np.random.Generator) -> FloatArray:
     mean[Tissue.WHITE_MATTER] = 1.0
     mean[Tissue.DEEP_GREY] = 1.0 + (cortex - 1.0) * uniform(rng, 0.1, 0.9)
     mean[Tissue.PALLIDUM] = uniform(rng, 0.75, 1.08)
-    mean[Tissue.LIMBIC] = cortex * uniform(rng, 0.95, 1.15)
+    mean[Tissue.LIMBIC] = cortex * uniform(rng, 0.95, 1.25)
     mean[Tissue.BRAINSTEM] = uniform(rng, 0.88, 1.25)
     mean[Tissue.CEREBELLAR_CORTEX] = 1.0 + (cortex - 1.0) * uniform(rng, 0.4, 1.0)
     mean[Tissue.CEREBELLAR_WHITE] = uniform(rng, 0.88, 1.1)
@@ -144,7 +144,7 @@ _BRIGHT_CORTEX = (
     (0.3, ((34, 20, 0), (38, 6, 2), (38, -8, 6), (36, -20, 12))),  # insula
     (0.3, ((6, 36, 8), (6, 22, 30), (6, -10, 40), (6, -40, 32), (10, -48, 10))),  # cingulate gyrus
     # hippocampus, up to its tail; it is brighter than other cortex to begin with
-    (0.15, ((20, -6, -20), (28, -22, -14), (28, -34, -6), (20, -40, 4))),
+    (0.2, ((20, -6, -20), (28, -22, -14), (28, -34, -6), (20, -40, 4))),
 )
 """Cortex that FLAIR shows brighter than the rest: by how much at most, and its course on the right
 side in MNI millimetres."""
