@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from wmh_lora.data.dataset import bids_images, bids_masks
 from wmh_lora.engine import WMHInferenceEngine, load_model
 from wmh_lora.evaluation.metrics import dice
 from wmh_lora.models.model_file import rescale_logits
@@ -58,16 +59,13 @@ def agreement(model: Path, data: Path) -> dict[str, float]:
     engine = WMHInferenceEngine(load_model(model), "cpu")
     settings = engine.settings(planes="one", tta="none")
     scores: dict[str, list[float]] = {name: [] for name in STRUCTURES}
-    for image in sorted(data.glob("sub-*/anat/*_FLAIR.nii.gz")):
-        subject = image.name.split("_")[0]
-        folder = data / "derivatives" / "manual" / subject / "anat"
+    for image in bids_images(data):
         volume = Volume.read(image)
         maps = engine.predict_maps(engine.prepare(volume), settings)
-        for name, found in scores.items():
-            path = folder / f"{subject}_space-orig_label-{name}_mask.nii.gz"
-            if path.exists():
+        for name, path in bids_masks(data, image):
+            if name in scores:
                 reference = Volume.read(path, allow_constant=True).data > 0
-                found.append(dice(reference, maps.structure_masks[name] > 0))
+                scores[name].append(dice(reference, maps.structure_masks[name] > 0))
     return {name: float(np.mean(found)) for name, found in scores.items()}
 
 

@@ -48,7 +48,7 @@ from wmh_lora.models.registry import Model, load_model
 from wmh_lora.postprocess import apply_threshold, remove_small_components
 from wmh_lora.preprocess import Prepared, context_stack, preprocess
 from wmh_lora.report.outputs import OutputFiles, Segmentation
-from wmh_lora.t1 import prepare_t1
+from wmh_lora.t1 import prepare_t1, require_t1_channels
 from wmh_lora.volume import Volume
 
 __all__ = [
@@ -333,11 +333,7 @@ class WMHInferenceEngine:
 
     def require_t1(self) -> None:
         """Raise ConfigError unless the model takes a T1."""
-        if not self._t1_channels:
-            raise ConfigError(
-                f"The model {self.model_description.get('name')} takes FLAIR alone: leave the T1 "
-                "out, or name a model that was trained with T1 (model.t1_channels)."
-            )
+        require_t1_channels(self.model_description.get("name"), self._t1_channels)
 
     def prepare_t1(
         self, t1: Scan, prepared: Prepared, flair: Volume, register: bool = False

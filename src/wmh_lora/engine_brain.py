@@ -96,8 +96,8 @@ def main_brain(marked: BoolArray, pixel_size_mm: float) -> BoolArray | None:
         beside = parts[middle] == largest
         for index in order:
             inside = np.bincount(parts[index][beside], minlength=count + 1)
-            found = np.flatnonzero((inside > 0) & (inside >= _SHARE_BESIDE * sizes))
-            keep[found[found > 0]] = True
+            inside[0] = 0
+            keep |= (inside > 0) & (inside >= _SHARE_BESIDE * sizes)
             here = keep[parts[index]]
             beside = here if here.any() else beside
     return np.asarray(keep[parts], dtype=np.bool_)

@@ -21,7 +21,7 @@ from nibabel.orientations import (
 )
 from scipy import ndimage
 
-from wmh_lora.errors import DataError, GridMismatchError
+from wmh_lora.errors import ConfigError, DataError, GridMismatchError
 from wmh_lora.preprocess import Prepared
 from wmh_lora.preprocess_head import find_background, find_head
 from wmh_lora.view import View
@@ -33,6 +33,7 @@ __all__ = [
     "T1_WHITE_MATTER_LEVEL",
     "overlap_of_heads",
     "prepare_t1",
+    "require_t1_channels",
     "sample_on_grid",
     "share_in_view",
     "shared_head",
@@ -62,6 +63,15 @@ _FLOOR_PERCENTILE = 1.0
 _SUPERIOR_FIRST = np.array([[2, 1], [1, 1], [0, 1]])  # axes along S, A and R
 _PEAK_SHARE = 0.4  # of the highest peak of a histogram, for a lower one to be a tissue
 _log = logging.getLogger("wmh_lora")
+
+
+def require_t1_channels(model_name: str | None, t1_channels: int) -> None:
+    """Raise ConfigError unless a model takes a T1."""
+    if not t1_channels:
+        raise ConfigError(
+            f"The model {model_name} takes FLAIR alone: leave the T1 out, or name a model that was "
+            "trained with T1 (model.t1_channels)."
+        )
 
 
 def prepare_t1(t1: Volume, prepared: Prepared, flair: Volume) -> FloatArray:

@@ -17,7 +17,7 @@ import click
 
 from wmh_lora.cli.errors import describe_error
 from wmh_lora.cli.imports import without_collection
-from wmh_lora.cli.options import Options, make_engine
+from wmh_lora.cli.options import Options, make_engine, require_t1_backend
 from wmh_lora.cli.plan import Failure, Plan, Scan
 from wmh_lora.errors import ConfigError
 from wmh_lora.files import open_atomic
@@ -114,8 +114,7 @@ def _check_t1(plan: Plan, options: Options) -> None:
             f"{options.t1} is the T1 of one scan, but {len(plan.scans)} are to be segmented; give "
             "one at a time with --t1."
         )
-    if options.backend != "torch":
-        raise ConfigError(f"The backend {options.backend} takes no T1; leave --backend out.")
+    require_t1_backend(options.backend)
 
 
 def _segment_all(scans: Sequence[Scan], options: Options, outcome: Outcome) -> None:

@@ -231,17 +231,14 @@ def _prepare(
 
 def _check_t1_options(settings: dict[str, Any]) -> None:
     """Refuse what cannot take a T1, before scans are looked for."""
+    from wmh_lora.cli.options import require_t1_backend
     from wmh_lora.models.model_file import read_model_card
     from wmh_lora.models.registry import model_path
+    from wmh_lora.t1 import require_t1_channels
 
     card = read_model_card(model_path(settings["model"]))
-    if not card.model.t1_channels:
-        raise ConfigError(
-            f"The model {card.name} takes FLAIR alone: leave --t1 out, or name a model that was "
-            "trained with T1."
-        )
-    if settings["backend"] != "torch":
-        raise ConfigError(f"The backend {settings['backend']} takes no T1; leave --backend out.")
+    require_t1_channels(card.name, card.model.t1_channels)
+    require_t1_backend(settings["backend"])
 
 
 def _make_work_dir(work_dir: Path, bids_dir: Path) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wmh_lora.cli.imports import without_collection
+from wmh_lora.errors import ConfigError
 
 if TYPE_CHECKING:
     from wmh_lora.config import PlaneMode, Precision, TtaMode
     from wmh_lora.engine import WMHInferenceEngine
     from wmh_lora.report.outputs import PageFormat
 
-__all__ = ["Options", "make_engine"]
+__all__ = ["Options", "make_engine", "require_t1_backend"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class Options:
 
         names = [field.name for field in fields(InferenceConfig) if hasattr(self, field.name)]
         return {name: getattr(self, name) for name in names}
+
+
+def require_t1_backend(backend: str) -> None:
+    """Raise ConfigError for a backend whose networks take no T1."""
+    if backend != "torch":
+        raise ConfigError(f"The backend {backend} takes no T1; leave --backend out.")
 
 
 def make_engine(options: Options) -> WMHInferenceEngine:

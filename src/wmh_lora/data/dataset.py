@@ -43,7 +43,7 @@ from wmh_lora.t1 import prepare_t1
 from wmh_lora.view import Plane, choose_view
 from wmh_lora.volume import Volume
 
-__all__ = ["DataConfig", "TrainingStream", "build_stream"]
+__all__ = ["DataConfig", "TrainingStream", "bids_images", "bids_masks", "build_stream"]
 
 _LABELS = {"wmh": "WMH", "ventricles": "ventricles", "brain": "brain"}
 
@@ -292,9 +292,9 @@ class TrainingStream:
                 for scan in part.scans
             ]
         return [
-            _Files(image, _bids_masks(root, image), _bids_t1(image) if self.t1_channels else None)
+            _Files(image, bids_masks(root, image), _bids_t1(image) if self.t1_channels else None)
             for root in map(self.config.path, self.config.real)
-            for image in _bids_images(root)
+            for image in bids_images(root)
         ]
 
 
@@ -338,15 +338,16 @@ def possible_caps(
     return near & bright
 
 
-def _bids_images(root: Path) -> list[Path]:
+def bids_images(root: Path) -> list[Path]:
+    """List the FLAIR scans of a BIDS folder of labelled scans; DataError if there is none."""
     images = sorted(root.glob("sub-*/anat/*_FLAIR.nii.gz"))
     if not images:
         raise DataError(f"{root}: no sub-*/anat/*_FLAIR.nii.gz there.")
     return images
 
 
-def _bids_masks(root: Path, image: Path) -> list[tuple[str, Path]]:
-    """Masks of a scan that are there."""
+def bids_masks(root: Path, image: Path) -> list[tuple[str, Path]]:
+    """List the structures that are labelled in a scan of a BIDS folder, with their masks."""
     subject = image.name.split("_")[0]
     folder = root / "derivatives" / "manual" / subject / "anat"
     paths = [

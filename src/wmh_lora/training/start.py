@@ -60,7 +60,9 @@ def start_from_model(net: WMHNet, config: RunConfig, base_sha256: str, path: Pat
     Raises
     ------
     ConfigError
-        If the model has other settings, or stands on other base weights.
+        If the model has other settings.
+    AdapterMismatchError
+        If it stands on other base weights.
     WeightsError
         If the file is absent, damaged or not a model.
     """
