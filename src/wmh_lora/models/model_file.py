@@ -54,6 +54,7 @@ __all__ = [
     "rescale_logits",
     "rewrite_card",
     "save_model",
+    "scale_t1",
     "weights_sha256",
 ]
 
@@ -236,6 +237,41 @@ def rescale_logits(
         changed = tensors[name].float()
         changed[row] = changed[row] / temperature + added
         tensors[name] = changed.to(tensors[name].dtype)
+    _FILE.write(target, storable(tensors, target), card, overwrite=overwrite)
+
+
+def scale_t1(
+    path: str | Path, target: str | Path, share: float, *, overwrite: bool = False
+) -> None:
+    """Write a model in which T1 counts for a ``share`` of what it did; FLAIR alone stays the same.
+
+    Between 0 (as if there were none) and 1 (as trained): the weights are interpolated between those
+    of a model before and after it was trained on (Wortsman et al., arXiv:2109.01903).
+
+    Parameters
+    ----------
+    path, target : str or Path
+        Model file, and where the result goes.
+    share : float
+        In [0, 1].
+    overwrite : bool
+        Replace a ``target`` that exists.
+
+    Raises
+    ------
+    ConfigError
+        If the model takes no T1, or the share is out of range.
+    WeightsError, DataError
+        If the file is absent, damaged or not a model, or the result cannot be written.
+    """
+    card, tensors = _FILE.read(path)
+    if not card.model.t1_channels or not 0 <= share <= 1:
+        raise ConfigError(
+            f"{path} has {card.model.t1_channels} channels of T1, and a share lies in [0, 1]; "
+            f"asked for {share}."
+        )
+    name = "adapter.t1_stem.weight"
+    tensors[name] = (tensors[name].float() * share).to(tensors[name].dtype)
     _FILE.write(target, storable(tensors, target), card, overwrite=overwrite)
 
 

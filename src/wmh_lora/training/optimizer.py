@@ -10,7 +10,33 @@ from torch import Tensor, nn
 from wmh_lora.training.checkpoint import Checkpoint
 from wmh_lora.training.settings import TrainingConfig
 
-__all__ = ["parameter_groups", "with_current_settings"]
+__all__ = ["freeze_rateless", "parameter_groups", "with_current_settings"]
+
+
+def _kind(name: str) -> str:
+    """``lora``, ``adapter``, ``decoder`` or ``encoder``: what a parameter belongs to."""
+    return "lora" if "lora_" in name else name.partition(".")[0]
+
+
+def _peak_rates(config: TrainingConfig) -> dict[str, float]:
+    return {
+        "lora": config.lora_lr,
+        "adapter": config.adapter_lr,
+        "decoder": config.decoder_lr,
+        "encoder": config.encoder_lr,
+    }
+
+
+def freeze_rateless(net: nn.Module, config: TrainingConfig) -> None:
+    """Take the gradient from every kind of parameter whose learning rate is 0.
+
+    Nothing is then computed for it: without the channel adapter's, the backward pass ends at the
+    first LoRA layer.
+    """
+    rates = _peak_rates(config)
+    for name, parameter in net.named_parameters():
+        if rates[_kind(name)] == 0:
+            parameter.requires_grad_(False)
 
 
 def parameter_groups(net: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
@@ -19,17 +45,11 @@ def parameter_groups(net: nn.Module, config: TrainingConfig) -> list[dict[str, A
     Kinds are ``lora``, ``adapter``, ``decoder`` and, if it is trained in full, ``encoder``.
     Vectors and scalars (biases, norms, fusion weights) are not decayed.
     """
-    peaks = {
-        "lora": config.lora_lr,
-        "adapter": config.adapter_lr,
-        "decoder": config.decoder_lr,
-        "encoder": config.encoder_lr,
-    }
+    peaks = _peak_rates(config)
     kinds: dict[str, tuple[list[Tensor], list[Tensor]]] = {kind: ([], []) for kind in peaks}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            kind = "lora" if "lora_" in name else name.partition(".")[0]
-            kinds[kind][parameter.ndim < 2].append(parameter)
+            kinds[_kind(name)][parameter.ndim < 2].append(parameter)
     if not any(kinds["encoder"]):
         del kinds["encoder"]  # as in checkpoints of runs with a frozen encoder
     groups: list[dict[str, Any]] = []

@@ -55,7 +55,7 @@ class TrainingConfig:
         Seed of initial weights, dropout and the sample stream.
     lora_lr, adapter_lr, decoder_lr, encoder_lr
         Peak learning rates of LoRA matrices, channel adapter, decoder, and an encoder that is
-        trained in full.
+        trained in full; 0 leaves them as they are.
     eta_min
         Learning rate at the end of the cosine.
     warmup_steps
@@ -157,7 +157,8 @@ class TrainingConfig:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("lora_lr", "adapter_lr", "decoder_lr", "encoder_lr"):
             rate = getattr(self, name)
-            _require(rate >= self.eta_min, name, rate, f"at least eta_min ({self.eta_min})")
+            allowed = rate == 0 or rate >= self.eta_min
+            _require(allowed, name, rate, f"0, or at least eta_min ({self.eta_min})")
         _require(self.grad_clip > 0, "grad_clip", self.grad_clip, "above 0")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(0 <= self.t1_dropout <= 1, "t1_dropout", self.t1_dropout, "in [0, 1]")

@@ -28,7 +28,7 @@ from wmh_lora.training.checkpoint import (
     trained_state,
 )
 from wmh_lora.training.losses import LossTerms
-from wmh_lora.training.optimizer import parameter_groups, with_current_settings
+from wmh_lora.training.optimizer import freeze_rateless, parameter_groups, with_current_settings
 from wmh_lora.training.processes import Processes, RunningStatistics
 from wmh_lora.training.records import append_record, finite, forget_records_after
 from wmh_lora.training.schedule import learning_rate
@@ -102,6 +102,7 @@ class Trainer:
         self.net.to(self.processes.device)
         self.run_dir = run_dir
         self.validate, self.save_model, self.on_record = validate, save_model, on_record
+        freeze_rateless(net, config)
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError("the network has no parameter that requires a gradient.")

@@ -28,6 +28,7 @@ from wmh_lora.models.model_file import (
     rescale_logits,
     rewrite_card,
     save_model,
+    scale_t1,
     weights_sha256,
 )
 from wmh_lora.models.network import WMHNet, build_network
@@ -358,3 +359,36 @@ def test_logits_of_one_structure_are_rescaled(tmp_path: Path, card: ModelCard) -
     for structure, temperature in (("tumour", 1.0), ("wmh", 0.0)):
         with pytest.raises(ConfigError, match="structures"):
             rescale_logits(path, target, structure, temperature=temperature, shift=0.0)
+
+
+def test_a_share_of_t1_scales_what_it_adds_and_leaves_flair_alone(
+    tmp_path: Path, card: ModelCard
+) -> None:
+    config = ModelConfig(
+        encoder="compact", adaptation="full", t1_channels=1, decoder_channels=(16, 8, 8, 8)
+    )
+    net = build_network(config, None, for_training=True, seed=5).eval()
+    with torch.no_grad():
+        for weight in net.adapter.parameters():  # its last layer starts at zero
+            weight.normal_()
+    path, target = tmp_path / "model.safetensors", tmp_path / "weaker.safetensors"
+    save_model(path, net, dataclasses.replace(card, model=config, base_sha256=""))
+    scale_t1(path, target, 0.25)
+    slices, t1 = torch.rand(1, 3, 16, 24), torch.rand(1, 1, 16, 24)
+    with torch.inference_mode():
+        before, after = (load_network(file)[0] for file in (path, target))
+        assert torch.equal(before(slices), after(slices))
+        torch.testing.assert_close(after(slices, t1), before(slices, t1 * 0.25))
+        assert not torch.equal(after(slices, t1), before(slices, t1))
+    for refused, share in ((path, 1.1), (path, -0.1)):
+        with pytest.raises(ConfigError, match="share"):
+            scale_t1(refused, target, share, overwrite=True)
+
+
+def test_a_share_of_t1_needs_a_model_that_takes_one(
+    tmp_path: Path, net: WMHNet, card: ModelCard
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(path, net, card)
+    with pytest.raises(ConfigError, match="0 channels of T1"):
+        scale_t1(path, tmp_path / "weaker.safetensors", 0.5)

@@ -21,6 +21,7 @@ from wmh_lora.models import precision
 from wmh_lora.models.network import WMHNet
 from wmh_lora.training.checkpoint import checkpoint_paths, load_newest_checkpoint, trained_state
 from wmh_lora.training.optimizer import parameter_groups
+from wmh_lora.training.settings import TrainingConfig
 from wmh_lora.training.trainer import Trainer
 
 
@@ -393,3 +394,25 @@ def test_parameter_groups(fakes: ModuleType) -> None:
     names = {id(p): name for name, p in net.named_parameters()}
     lora = [names[id(p)] for group in groups[:2] for p in group["params"]]
     assert sorted(lora) == ["encoder.proj.lora_A.weight", "encoder.proj.lora_B.weight"]
+
+
+def test_a_rate_of_zero_leaves_a_part_as_it_is(fakes: ModuleType, tmp_path: Path) -> None:
+    net = fakes.tiny_net()
+    parts = {"adapter": net.adapter, "decoder": net.decoder}
+    before = {name: [p.detach().clone() for p in part.parameters()] for name, part in parts.items()}
+    trainer = fakes.tiny_trainer(tmp_path, net=net, adapter_lr=0.0)
+    assert trainer.run()
+    changed = {
+        name: any(
+            not torch.equal(old, new)
+            for old, new in zip(before[name], part.parameters(), strict=True)
+        )
+        for name, part in parts.items()
+    }
+    assert changed == {"adapter": False, "decoder": True}
+    assert all(p.grad is None for p in net.adapter.parameters())
+
+
+def test_a_rate_below_the_smallest_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"lora_lr.*0, or at least eta_min"):
+        TrainingConfig(lora_lr=1e-8)
