@@ -333,7 +333,7 @@ class TestT1:
         assert "sub-01_ses-2" in without.stderr
 
     def test_a_model_of_flair_alone_says_so(self, run: Run) -> None:
-        result = run("--t1")
+        result = run("--t1", "--model", "flair-v1")
         assert result.exit_code == 2
         assert "takes FLAIR alone" in result.stderr
 
