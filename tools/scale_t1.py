@@ -2,7 +2,8 @@
 
     python tools/scale_t1.py MODEL -o WEAKER --share 0.5
 
-With 0 a T1 changes nothing, with 1 it counts as trained.
+For models whose way in of T1 was trained alone: with 0 a T1 changes nothing, with 1 it counts as
+trained.
 """
 
 from __future__ import annotations

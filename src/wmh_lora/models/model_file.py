@@ -245,8 +245,10 @@ def scale_t1(
 ) -> None:
     """Write a model in which T1 counts for a ``share`` of what it did; FLAIR alone stays the same.
 
-    Between 0 (as if there were none) and 1 (as trained): the weights are interpolated between those
-    of a model before and after it was trained on (Wortsman et al., arXiv:2109.01903).
+    Between 0 (it adds nothing) and 1 (as trained). Where T1 was trained alone, the weights lie
+    between those of the model before and after that training (Wortsman et al., arXiv:2109.01903).
+    Where the model was trained with and without T1, 0 is not what it does without: it learned that
+    as well.
 
     Parameters
     ----------

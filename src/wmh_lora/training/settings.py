@@ -55,7 +55,7 @@ class TrainingConfig:
         Seed of initial weights, dropout and the sample stream.
     lora_lr, adapter_lr, decoder_lr, encoder_lr
         Peak learning rates of LoRA matrices, channel adapter, decoder, and an encoder that is
-        trained in full; 0 leaves them as they are.
+        trained in full; 0 leaves their weights as they are (running statistics of BatchNorm move).
     eta_min
         Learning rate at the end of the cosine.
     warmup_steps
