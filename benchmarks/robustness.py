@@ -21,6 +21,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from wmh_lora.engine import WMHInferenceEngine, load_model
+from wmh_lora.evaluation.metrics import dice
 from wmh_lora.volume import Volume
 
 FloatArray = npt.NDArray[np.float32]
@@ -93,12 +94,6 @@ CHANGES: Mapping[str, Callable[[Volume], FloatArray]] = {
     "slice drift 4 %": _drift,
     "clipped at 99 %": _clip,
 }
-
-
-def dice(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> float:
-    """Overlap of two masks; NaN if both are empty."""
-    total = int(first.sum()) + int(second.sum())
-    return 2.0 * float((first & second).sum()) / total if total else float("nan")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,7 +5,9 @@
 Every FLAIR scan under ``--images`` becomes one subject of a BIDS folder that ``data.real`` of a
 training file can name. Of the lesions, only what the model is sure of is labelled: components that
 reach ``--sure`` are lesions (1), what is below ``--doubt`` is background (0), and the rest is
-neither (2), which training ignores. Nothing outside the brain that the model outlines is a lesion.
+neither (2), which training ignores. Of those components, what is faint beside the scan's other
+lesions is judged as in synthetic scans (`wmh_lora.data.visibility`). Nothing outside the brain that
+the model outlines is a lesion.
 Other structures are left unlabelled.
 """
 
@@ -20,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from wmh_lora.data.visibility import judge_visibility
 from wmh_lora.engine import WMHInferenceEngine, load_model
 from wmh_lora.evaluation.masks import OTHER_PATHOLOGY_LABEL
 from wmh_lora.postprocess import apply_threshold, remove_faint_components
@@ -44,8 +47,16 @@ def main() -> None:
     for number, image in enumerate(images, start=1):
         volume = Volume.read(image)
         maps = engine.predict_maps(engine.prepare(volume), settings)
-        near = _grow(maps.structure_masks["brain"] > 0, volume.spacing_mm)
+        brain = maps.structure_masks["brain"] > 0
+        near = _grow(brain, volume.spacing_mm)
         labels = pseudo_labels(maps.probability, near, settings.threshold, given.sure, given.doubt)
+        normal = (
+            brain & ~(maps.structure_masks["ventricles"] > 0) & (maps.probability < given.doubt)
+        )
+        lesion = labels == 1
+        visible, doubtful = judge_visibility(volume.data, lesion, normal, volume.spacing_mm)
+        labels[lesion & ~visible] = 0
+        labels[doubtful] = OTHER_PATHOLOGY_LABEL
         subject = f"sub-{number:02}"
         scan = given.output / subject / "anat" / f"{subject}_FLAIR.nii.gz"
         mask = given.output / "derivatives" / "manual" / subject / "anat"

@@ -196,6 +196,10 @@ class InferenceConfig:
     min_peak : float
         Components whose highest probability stays below it are removed, in [0, 1]: a threshold that
         outlines lesions well also lets much through that is nowhere like a lesion. 0 removes none.
+    min_contrast : float
+        Excess brightness over the normal tissue within 15 mm that a lesion has at least, as a share
+        of the median of the scan's certain lesions, in [0, 1); what is fainter has a probability
+        of 0. 0 takes the network's word.
     tta : {"none", "flip", "d4"}
         Views averaged: 1, the 4 flips, or the 8 of the dihedral group.
     planes : {"one", "all"}
@@ -218,6 +222,7 @@ class InferenceConfig:
     threshold: float = 0.5
     min_voxels: int = 3
     min_peak: float = 0.0
+    min_contrast: float = 0.0
     tta: TtaMode = "none"
     planes: PlaneMode = "one"
     batch_size: int = 2
@@ -229,6 +234,9 @@ class InferenceConfig:
         _require(0.0 < self.threshold < 1.0, "threshold", "between 0 and 1", self.threshold)
         _require(self.min_voxels >= 0, "min_voxels", "zero or more", self.min_voxels)
         _require(0.0 <= self.min_peak <= 1.0, "min_peak", "between 0 and 1", self.min_peak)
+        _require(
+            0.0 <= self.min_contrast < 1.0, "min_contrast", "from 0 to below 1", self.min_contrast
+        )
         _require(self.tta in TTA_MODES, "tta", f"one of {', '.join(TTA_MODES)}", self.tta)
         known = typing.get_args(PlaneMode)
         _require(self.planes in known, "planes", " or ".join(known), self.planes)

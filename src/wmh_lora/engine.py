@@ -20,6 +20,7 @@ from torch import nn
 
 from wmh_lora.config import InferenceConfig, PreprocessConfig, TtaMode, from_dict
 from wmh_lora.engine_brain import within_brain
+from wmh_lora.engine_contrast import without_haze
 from wmh_lora.engine_device import NetworkOnDevice, choose_device, choose_dtype, device_errors
 from wmh_lora.engine_memory import ScanSize, planes_within
 from wmh_lora.engine_planes import Stack, average_planes, whole_stack
@@ -234,6 +235,7 @@ class WMHInferenceEngine:
                 "threshold": config.threshold,
                 "min_voxels": config.min_voxels,
                 "min_peak": config.min_peak,
+                "min_contrast": config.min_contrast,
                 "tta": config.tta,
                 "planes": config.planes,
                 "t1": t1 is not None,
@@ -292,7 +294,7 @@ class WMHInferenceEngine:
             If the device runs out of memory.
         """
         volume = as_volume(path_or_volume)
-        config = self.settings(tta="d4" if use_tta else "none", adaptive=False)
+        config = self.settings(tta="d4" if use_tta else "none", adaptive=False, min_contrast=0.0)
         maps = self.predict_maps(preprocess(volume, self._preprocess), config, structures=False)
         return maps.probability, nifti_reference(volume)
 
@@ -438,7 +440,9 @@ class WMHInferenceEngine:
         maps = see(slices, prepared.shows_head)
         if planes > 1:
             maps = average_planes(slices, prepared, maps, see, evidence_only=config.adaptive)
-        return within_brain(maps, prepared.config.pixel_size_mm)
+        pixel_mm = prepared.config.pixel_size_mm
+        maps = within_brain(maps, pixel_mm)
+        return without_haze(maps, prepared.slices, pixel_mm, config.min_contrast)
 
     def _look(self, stack: Stack, dtype: torch.dtype) -> Look:
         """Make what shows batches of slices to the network."""

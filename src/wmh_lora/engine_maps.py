@@ -39,7 +39,7 @@ Map = NDArray[np.float32]
 #: Called with a set of views, steps done and steps in all.
 MapProgress = Callable[[TtaMode, int, int], None]
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 class ProbabilityMaps:
@@ -92,6 +92,7 @@ class ProbabilityMaps:
             "planes": card.inference.planes,
             "shortcuts": [
                 card.inference.adaptive,
+                card.inference.min_contrast,
                 str(choose_dtype(self._device, card.inference.precision)),
             ],
         }

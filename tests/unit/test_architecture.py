@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("preprocess*", 2),
     ("postprocess*", 2),
     ("structures", 2),
+    ("contrast", 1),
     ("lesion_geometry", 2),
     ("regions", 2),
     ("quality*", 2),

@@ -132,7 +132,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         "'lora_alpha' must be a whole number",
         "'treshold' for InferenceConfig; did you mean 'threshold'?",
         "'min_voxels' must be zero or more",
-        "'colour' for InferenceConfig; known are adaptive, batch_size, max_memory, min_peak,",
+        "'colour' for InferenceConfig; known are adaptive, batch_size, max_memory, min_contrast,",
         "'limit' must be a whole number",
         "'folder' of Everything is missing",
     ):

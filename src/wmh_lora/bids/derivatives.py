@@ -33,7 +33,16 @@ __all__ = [
 
 BIDS_VERSION = "1.10.0"
 _SOFTWARE = "WMH-LoRA"
-_RECORDED = ("threshold", "min_voxels", "min_peak", "tta", "planes", "adaptive", "precision")
+_RECORDED = (
+    "threshold",
+    "min_voxels",
+    "min_peak",
+    "min_contrast",
+    "tta",
+    "planes",
+    "adaptive",
+    "precision",
+)
 _OWN_FILES = ("wmh.tsv", "wmh.json", "wmh.html")
 _IGNORED = ("*_wmh.json", "*_wmh.png", "*_wmh.html", *(f"/{name}" for name in _OWN_FILES))
 
@@ -79,6 +88,7 @@ def settings_record(model: Mapping[str, str], inference: InferenceConfig) -> dic
         "Threshold": inference.threshold,
         "MinimumLesionVoxels": inference.min_voxels,
         "MinimumLesionPeakProbability": inference.min_peak,
+        "MinimumLesionContrast": inference.min_contrast,
         "TestTimeAugmentation": inference.tta,
         "Planes": inference.planes,
         "Adaptive": inference.adaptive,

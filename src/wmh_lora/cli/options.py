@@ -32,6 +32,7 @@ class Options:
     threshold: float | None = None
     min_voxels: int | None = None
     min_peak: float | None = None
+    min_contrast: float | None = None
     adaptive: bool | None = None
     precision: Precision | None = None
     max_memory: str | None = None

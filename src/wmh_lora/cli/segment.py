@@ -74,6 +74,12 @@ _INFERENCE_OPTIONS = (
         help="Lesions whose highest probability is lower are left out.",
     ),
     click.option(
+        "--min-contrast",
+        type=click.FloatRange(0, 1, max_open=True),
+        metavar="X",
+        help="Brightness over the tissue around, as a share of what the scan's lesions have.",
+    ),
+    click.option(
         "--device",
         type=click.Choice(["auto", "cpu", "cuda", "mps"]),
         default="auto",

@@ -31,6 +31,12 @@ LESION_CONTRAST = (1.08, 2.2)
 TYPICAL_LESION_CONTRAST = 1.28
 """The lowest mean brightness of one subject's lesions; single ones reach the range's end."""
 
+_MOST_DIRT_ALONE = 0.13
+"""Excess brightness of patches that readers leave out where no lesions stand for comparison."""
+
+_FEW_MM3 = 1000.0
+"""Fewer lesions than that are no comparison."""
+
 _FLUID = (Tissue.CSF, Tissue.VENTRICLE)
 
 
@@ -81,8 +87,10 @@ def paint(
     low, high = LESION_CONTRAST
     typical = log_uniform(rng, TYPICAL_LESION_CONTRAST - 1.0, 0.8 * (high - 1.0))
     # readers call a lesion what stands out among the subject's own lesions
-    faintest = float(np.clip(0.4 * typical, low - 1.0 + 0.02, 0.2))
-    _dirty_white_matter(rng, image, tissue, faintest)
+    faintest = float(np.clip(0.6 * typical, low - 1.0 + 0.02, 0.25))
+    few = lesions.sum() < _FEW_MM3
+    dirt = min(faintest, _MOST_DIRT_ALONE) if few else faintest
+    _dirty_white_matter(rng, image, tissue, dirt)
     return _add_lesions(rng, image, lesions, typical, faintest)
 
 
@@ -199,14 +207,14 @@ def _septum(
 
 
 def _dirty_white_matter(
-    rng: np.random.Generator, image: FloatArray, tissue: LabelArray, faintest: float
+    rng: np.random.Generator, image: FloatArray, tissue: LabelArray, most: float
 ) -> None:
-    """Brighten patches of white matter by less than the faintest lesion: never labelled."""
+    """Brighten patches of white matter by at most ``most``: never labelled."""
     if rng.random() < 0.25:
         return
     shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
     patches = np.clip(smooth_field(rng, shape, uniform(rng, 6.0, 18.0)) - 0.2, 0.0, 1.0)
-    strength = uniform(rng, 0.3, 0.95) * faintest
+    strength = uniform(rng, 0.3, 1.0) * most
     image += np.where(tissue == Tissue.WHITE_MATTER, strength * patches, 0.0)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ __all__ = [
     "FORMAT_VERSION",
     "ModelCard",
     "assemble_network",
+    "carry_t1",
     "file_sha256",
     "load_model_file",
     "load_network",
@@ -275,6 +276,49 @@ def scale_t1(
     name = "adapter.t1_stem.weight"
     tensors[name] = (tensors[name].float() * share).to(tensors[name].dtype)
     _FILE.write(target, storable(tensors, target), card, overwrite=overwrite)
+
+
+def carry_t1(
+    path: str | Path, source: str | Path, target: str | Path, *, overwrite: bool = False
+) -> None:
+    """Write a FLAIR-only model with the way in of T1 that another state of it has.
+
+    For a model that was trained on after T1 had been added to an earlier state: what it finds in
+    FLAIR alone stays the same, and what a T1 adds is what it added there, so far as the adapter
+    has stayed alike. Measure that before use.
+
+    Parameters
+    ----------
+    path : str or Path
+        Model file without T1.
+    source : str or Path
+        Model file with T1, in other settings the same; its adapter adds nothing for a missing T1.
+    target : str or Path
+        Where the result goes.
+    overwrite : bool
+        Replace a ``target`` that exists.
+
+    Raises
+    ------
+    ConfigError
+        If the settings of the two differ in more than T1, or ``source`` changes what is found in
+        FLAIR alone.
+    WeightsError, DataError
+        If a file is absent, damaged or not a model, or the result cannot be written.
+    """
+    card, tensors = _FILE.read(path)
+    other, others = _FILE.read(source)
+    if card.model.t1_channels or replace(card.model, t1_channels=other.model.t1_channels) != (
+        other.model
+    ):
+        raise ConfigError(
+            f"{path} must take no T1, and its [model] settings be those of {source} but for that."
+        )
+    if others["adapter.t1_missing"].any():
+        raise ConfigError(f"{source} was trained with and without T1: its parts do not come apart.")
+    added = {name: tensor for name, tensor in others.items() if name.startswith("adapter.t1_")}
+    card = replace(card, model=other.model)
+    _FILE.write(target, storable({**tensors, **added}, target), card, overwrite=overwrite)
 
 
 def _stored_modules(adaptation: Adaptation) -> tuple[str, ...]:

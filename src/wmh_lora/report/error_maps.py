@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -56,9 +56,14 @@ class Example:
 
 
 def example_slice(
-    title: str, image: Volume, reference: NDArray[Any], prediction: NDArray[Any]
+    title: str,
+    image: Volume,
+    reference: NDArray[Any],
+    prediction: NDArray[Any],
+    *,
+    most: Literal["lesion", "errors"] = "lesion",
 ) -> Example:
-    """Cut the slice with most lesion, in either mask, out of a scan.
+    """Cut one slice out of a scan, by default that with most lesion in either mask.
 
     Parameters
     ----------
@@ -68,6 +73,8 @@ def example_slice(
         The FLAIR.
     reference, prediction : bool arrays (I, J, K)
         On the grid of the FLAIR.
+    most : str
+        What the slice shall hold most of; "errors" lie in one mask alone.
 
     Raises
     ------
@@ -83,7 +90,8 @@ def example_slice(
     view = choose_view(image, 1.0)
     scan = view.to_view(image.finite_data())
     masks = [view.to_view(mask) for mask in (reference, prediction)]
-    area = (masks[0] | masks[1]).sum(axis=(1, 2))
+    shown = masks[0] ^ masks[1] if most == "errors" else masks[0] | masks[1]
+    area = shown.sum(axis=(1, 2))
     index = int(area.argmax()) if area.any() else len(scan) // 2
     low, high = (float(level) for level in np.percentile(scan[index], (1.0, 99.8)))
     head = scan[index] > low + 0.1 * (high - low)

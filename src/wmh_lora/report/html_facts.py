@@ -282,6 +282,7 @@ def setting_rows(report: Mapping[str, Any], analysed_on: date) -> list[tuple[str
         ("Threshold", f"{settings['threshold']:g}"),
         ("Smallest lesion", f"{settings['min_voxels']} voxels"),
         ("Lesions reach a probability of", f"{settings.get('min_peak', 0):g}"),
+        ("Least contrast", f"{settings.get('min_contrast', 0):g} of the scan's lesions"),
         ("Views averaged", _views(settings)),
         ("Device", str(settings.get("device", "unknown"))),
         ("Grid", f"{_times(grid['shape'])} voxels, {grid['orientation']}"),

@@ -20,6 +20,7 @@ from wmh_lora.models.lora import extract_lora, load_lora_into_peft
 from wmh_lora.models.model_file import (
     METADATA_KEY,
     ModelCard,
+    carry_t1,
     file_sha256,
     load_model_file,
     load_network,
@@ -383,6 +384,30 @@ def test_a_share_of_t1_scales_what_it_adds_and_leaves_flair_alone(
     for refused, share in ((path, 1.1), (path, -0.1)):
         with pytest.raises(ConfigError, match="share"):
             scale_t1(refused, target, share, overwrite=True)
+
+
+def test_t1_is_carried_to_another_state_of_a_model(tmp_path: Path, card: ModelCard) -> None:
+    alone = ModelConfig(encoder="compact", adaptation="full", decoder_channels=(16, 8, 8, 8))
+    both = dataclasses.replace(alone, t1_channels=1)
+    files = {}
+    for name, config, seed in (("later", alone, 6), ("earlier", both, 5)):
+        net = build_network(config, None, for_training=True, seed=seed).eval()
+        with torch.no_grad():
+            for key, weight in net.adapter.named_parameters():
+                weight.normal_()
+                if key == "t1_missing":
+                    weight.zero_()
+        files[name] = tmp_path / f"{name}.safetensors"
+        save_model(files[name], net, dataclasses.replace(card, model=config, base_sha256=""))
+    target = tmp_path / "carried.safetensors"
+    carry_t1(files["later"], files["earlier"], target)
+    slices, t1 = torch.rand(1, 3, 16, 24), torch.rand(1, 1, 16, 24)
+    (later, _), (carried, _) = (load_network(file) for file in (files["later"], target))
+    with torch.inference_mode():
+        assert torch.equal(carried(slices), later(slices))
+        assert not torch.equal(carried(slices, t1), carried(slices))
+    with pytest.raises(ConfigError, match="must take no T1"):
+        carry_t1(target, files["earlier"], target, overwrite=True)
 
 
 def test_a_share_of_t1_needs_a_model_that_takes_one(

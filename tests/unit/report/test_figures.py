@@ -114,6 +114,16 @@ class TestExample:
         assert columns[0] - columns[1] == 1
         assert example.pixel_mm == (1.0, 1.0)
 
+    def test_shows_the_slice_with_most_errors(self) -> None:
+        volume = Volume(np.random.default_rng(0).random((20, 20, 4), np.float32), np.eye(4))
+        reference, prediction = np.zeros((2, *volume.shape), bool)
+        reference[4:12, 4:12, 1] = prediction[4:12, 4:12, 1] = True
+        reference[4:8, 4:8, 2] = True
+        assert example_slice("01", volume, reference, prediction).prediction.any()
+        wrong = example_slice("01", volume, reference, prediction, most="errors")
+        assert wrong.reference.sum() == 16
+        assert not wrong.prediction.any()
+
     def test_empty_masks_and_an_empty_image(self) -> None:
         volume = Volume(np.zeros((20, 20, 4), np.float32), np.eye(4))
         empty = np.zeros(volume.shape, bool)
