@@ -30,6 +30,9 @@ _USUAL_EXCESS = 0.3
 
 _SMOOTH_MM = 0.6
 
+_AT_ONCE = 8
+"""Slices; what is computed on the way takes several times their memory."""
+
 _IN_SLICE = np.ones((1, 3, 3), dtype=np.bool_)
 
 
@@ -56,18 +59,21 @@ def without_haze(
         Probability and deviation are zero where the picture is fainter than that; the rest is as
         it was. Where there is no normal tissue around, nothing is judged.
     """
-    brain = maps.structures.get("brain")
     shown = np.flatnonzero((maps.probability >= EVIDENCE).any(axis=(1, 2)))
-    if brain is None or min_contrast == 0 or not len(shown):
+    if "brain" not in maps.structures or min_contrast == 0 or not len(shown):
         return maps
     probability = maps.probability[shown]
-    normal = (brain[shown] > STRUCTURE_LEVEL) & (probability < _NORMAL)
-    if "ventricles" in maps.structures:
-        fluid = maps.structures["ventricles"][shown] > STRUCTURE_LEVEL
-        normal &= ~ndimage.binary_dilation(fluid, _IN_SLICE)  # pixels that hold some of both, too
-    spacing_mm = (pixel_size_mm,) * 3  # slices are not mixed
-    excess = local_contrast(slices[shown], normal, spacing_mm, through=0, smooth_mm=_SMOOTH_MM)
-    excess -= 1.0
+    excess = np.empty_like(probability)
+    for start in range(0, len(shown), _AT_ONCE):
+        part = shown[start : start + _AT_ONCE]
+        contrast = local_contrast(
+            slices[part],
+            _normal(maps, part),
+            (pixel_size_mm,) * 3,  # slices are not mixed
+            through=0,
+            smooth_mm=_SMOOTH_MM,
+        )
+        excess[start : start + _AT_ONCE] = contrast - 1.0
     sure = excess[(probability >= _SURE) & np.isfinite(excess)]
     enough = sure.size * pixel_size_mm**2 >= 100.0 * _ENOUGH_CM2
     typical = float(np.median(sure)) if enough else _USUAL_EXCESS
@@ -79,3 +85,14 @@ def without_haze(
         deviation = deviation.copy()
         deviation[shown] = np.where(haze, 0.0, deviation[shown])
     return SliceMaps(cleared, deviation, maps.structures)
+
+
+def _normal(maps: SliceMaps, indices: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Mark brain that is neither lesion nor ventricle, nor next to a ventricle."""
+    normal = (maps.structures["brain"][indices] > STRUCTURE_LEVEL) & (
+        maps.probability[indices] < _NORMAL
+    )
+    if "ventricles" in maps.structures:
+        fluid = maps.structures["ventricles"][indices] > STRUCTURE_LEVEL
+        normal &= ~ndimage.binary_dilation(fluid, _IN_SLICE)
+    return np.asarray(normal, dtype=np.bool_)
