@@ -269,7 +269,9 @@ class WMHInferenceEngine:
     def predict_volume_probs(
         self, path_or_volume: Scan, use_tta: bool = True
     ) -> tuple[NDArray[np.float32], nib.nifti1.Nifti1Image]:
-        """Compute the lesion probability of every voxel of a scan.
+        """Compute the lesion probability of every voxel of a scan, as the network gives it.
+
+        The model's `min_contrast` is left out: what is faint keeps its probability.
 
         Parameters
         ----------
