@@ -20,7 +20,7 @@ import numpy as np
 from wmh_lora.data.dataset import bids_images, bids_masks
 from wmh_lora.engine import WMHInferenceEngine, load_model
 from wmh_lora.evaluation.metrics import dice
-from wmh_lora.models.model_file import rescale_logits
+from wmh_lora.models.model_edits import rescale_logits
 from wmh_lora.volume import Volume
 
 STRUCTURES = ("ventricles", "brain")

@@ -23,7 +23,7 @@ import numpy as np
 
 from wmh_lora.engine import WMHInferenceEngine, load_model
 from wmh_lora.evaluation.calibration import Calibration, ProbabilityCounts, fit_calibration
-from wmh_lora.models.model_file import rescale_logits
+from wmh_lora.models.model_edits import rescale_logits
 from wmh_lora.training.tune import read_reference
 from wmh_lora.training.tune_cases import cases_of_folders
 from wmh_lora.volume import Volume

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from wmh_lora.models.model_file import carry_t1
+from wmh_lora.models.model_edits import carry_t1
 
 
 def main() -> None:

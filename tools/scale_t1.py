@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from wmh_lora.models.model_file import scale_t1
+from wmh_lora.models.model_edits import scale_t1
 
 
 def main() -> None:

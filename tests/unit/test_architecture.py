@@ -47,6 +47,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("models.init", 3),
     ("models.weights", 3),
     ("models.model_file", 3),
+    ("models.model_edits", 3),
     ("models.site_adapter", 3),
     ("models.registry", 3),
     ("models.precision", 3),

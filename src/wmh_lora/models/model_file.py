@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +44,16 @@ from wmh_lora.models.weights import resolve_base_weights
 
 __all__ = [
     "FORMAT_VERSION",
+    "MODEL_FILE",
     "ModelCard",
     "assemble_network",
-    "carry_t1",
     "file_sha256",
     "load_model_file",
     "load_network",
     "load_trained_parts",
     "read_model_card",
-    "rescale_logits",
     "rewrite_card",
     "save_model",
-    "scale_t1",
     "weights_sha256",
 ]
 
@@ -108,7 +106,7 @@ class ModelCard:
     base_seed: int | None = None
 
 
-_FILE = TensorFile("model", METADATA_KEY, ModelCard, FORMAT_VERSION)
+MODEL_FILE = TensorFile("model", METADATA_KEY, ModelCard, FORMAT_VERSION)
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -150,7 +148,7 @@ def save_model(
     """
     tensors = _trained_tensors(net)
     check_tensors(tensors, _expected_shapes(card.model), "the settings of the model card")
-    _FILE.write(path, storable(tensors, path, half=half), card, overwrite=overwrite)
+    MODEL_FILE.write(path, storable(tensors, path, half=half), card, overwrite=overwrite)
 
 
 def rewrite_card(
@@ -183,7 +181,7 @@ def rewrite_card(
     WeightsError, DataError
         If the file is absent, damaged or not a model, or the result cannot be written.
     """
-    before, tensors = _FILE.read(path)
+    before, tensors = MODEL_FILE.read(path)
     for name in ("model", "preprocess", "base_sha256", "base_seed"):
         if getattr(before, name) != getattr(card, name):
             raise AdapterMismatchError(
@@ -192,133 +190,7 @@ def rewrite_card(
             )
     if half:
         tensors = storable(tensors, target or path, half=True)
-    _FILE.write(target or path, tensors, card, overwrite=overwrite or target is None)
-
-
-def rescale_logits(
-    path: str | Path,
-    target: str | Path,
-    structure: str,
-    *,
-    temperature: float,
-    shift: float,
-    overwrite: bool = False,
-) -> None:
-    """Write a model whose logits of one structure are ``logit / temperature + shift``.
-
-    The decoder's fusion of its heads is linear, so the correction goes into its weights: the
-    network is as fast as before, in every format that it is exported to.
-
-    Parameters
-    ----------
-    path, target : str or Path
-        Model file, and where the result goes.
-    structure : str
-        One of the model's.
-    temperature, shift : float
-        See `wmh_lora.evaluation.calibration.Calibration`.
-    overwrite : bool
-        Replace a ``target`` that exists.
-
-    Raises
-    ------
-    ConfigError
-        If the model has no such structure, or the temperature is not above zero.
-    WeightsError, DataError
-        If the file is absent, damaged or not a model, or the result cannot be written.
-    """
-    card, tensors = _FILE.read(path)
-    if structure not in card.model.structures or not temperature > 0:
-        raise ConfigError(
-            f"{path} has the structures {list(card.model.structures)}, and logits are divided by a "
-            f"temperature above 0; asked for {structure!r} and {temperature}."
-        )
-    row = card.model.structures.index(structure)
-    for name, added in (("decoder.fusion_weight", 0.0), ("decoder.fusion_bias", shift)):
-        changed = tensors[name].float()
-        changed[row] = changed[row] / temperature + added
-        tensors[name] = changed.to(tensors[name].dtype)
-    _FILE.write(target, storable(tensors, target), card, overwrite=overwrite)
-
-
-def scale_t1(
-    path: str | Path, target: str | Path, share: float, *, overwrite: bool = False
-) -> None:
-    """Write a model in which T1 counts for a ``share`` of what it did; FLAIR alone stays the same.
-
-    Between 0 (it adds nothing) and 1 (as trained). Where T1 was trained alone, the weights lie
-    between those of the model before and after that training (Wortsman et al., arXiv:2109.01903).
-    Where the model was trained with and without T1, 0 is not what it does without: it learned that
-    as well.
-
-    Parameters
-    ----------
-    path, target : str or Path
-        Model file, and where the result goes.
-    share : float
-        In [0, 1].
-    overwrite : bool
-        Replace a ``target`` that exists.
-
-    Raises
-    ------
-    ConfigError
-        If the model takes no T1, or the share is out of range.
-    WeightsError, DataError
-        If the file is absent, damaged or not a model, or the result cannot be written.
-    """
-    card, tensors = _FILE.read(path)
-    if not card.model.t1_channels or not 0 <= share <= 1:
-        raise ConfigError(
-            f"{path} has {card.model.t1_channels} channels of T1, and a share lies in [0, 1]; "
-            f"asked for {share}."
-        )
-    name = "adapter.t1_stem.weight"
-    tensors[name] = (tensors[name].float() * share).to(tensors[name].dtype)
-    _FILE.write(target, storable(tensors, target), card, overwrite=overwrite)
-
-
-def carry_t1(
-    path: str | Path, source: str | Path, target: str | Path, *, overwrite: bool = False
-) -> None:
-    """Write a FLAIR-only model with the way in of T1 that another state of it has.
-
-    For a model that was trained on after T1 had been added to an earlier state: what it finds in
-    FLAIR alone stays the same, and what a T1 adds is what it added there, so far as the adapter
-    has stayed alike. Measure that before use.
-
-    Parameters
-    ----------
-    path : str or Path
-        Model file without T1.
-    source : str or Path
-        Model file with T1, in other settings the same; its adapter adds nothing for a missing T1.
-    target : str or Path
-        Where the result goes.
-    overwrite : bool
-        Replace a ``target`` that exists.
-
-    Raises
-    ------
-    ConfigError
-        If the settings of the two differ in more than T1, or ``source`` changes what is found in
-        FLAIR alone.
-    WeightsError, DataError
-        If a file is absent, damaged or not a model, or the result cannot be written.
-    """
-    card, tensors = _FILE.read(path)
-    other, others = _FILE.read(source)
-    if card.model.t1_channels or replace(card.model, t1_channels=other.model.t1_channels) != (
-        other.model
-    ):
-        raise ConfigError(
-            f"{path} must take no T1, and its [model] settings be those of {source} but for that."
-        )
-    if others["adapter.t1_missing"].any():
-        raise ConfigError(f"{source} was trained with and without T1: its parts do not come apart.")
-    added = {name: tensor for name, tensor in others.items() if name.startswith("adapter.t1_")}
-    card = replace(card, model=other.model)
-    _FILE.write(target, storable({**tensors, **added}, target), card, overwrite=overwrite)
+    MODEL_FILE.write(target or path, tensors, card, overwrite=overwrite or target is None)
 
 
 def _stored_modules(adaptation: Adaptation) -> tuple[str, ...]:
@@ -347,7 +219,7 @@ def read_model_card(path: str | Path) -> ModelCard:
     WeightsError
         If the file is absent, damaged or not a model.
     """
-    return _FILE.read(path, with_tensors=False)[0]
+    return MODEL_FILE.read(path, with_tensors=False)[0]
 
 
 def weights_sha256(path: str | Path) -> str:
@@ -358,7 +230,7 @@ def weights_sha256(path: str | Path) -> str:
     WeightsError
         If the file is absent, damaged or not a model.
     """
-    _, tensors = _FILE.read(path)
+    _, tensors = MODEL_FILE.read(path)
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -383,7 +255,7 @@ def load_model_file(path: str | Path) -> tuple[ModelCard, dict[str, Tensor]]:
     WeightsError
         If the file is absent, damaged or not a model.
     """
-    card, stored = _FILE.read(path)
+    card, stored = MODEL_FILE.read(path)
     try:
         expected = _expected_shapes(card.model)
     except ConfigError as error:

@@ -1,0 +1,138 @@
+"""Other weights for a finished model, each change written as a model file of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from wmh_lora.errors import ConfigError
+from wmh_lora.models.model_file import MODEL_FILE
+from wmh_lora.models.tensor_file import storable
+
+__all__ = ["carry_t1", "rescale_logits", "scale_t1"]
+
+
+def rescale_logits(
+    path: str | Path,
+    target: str | Path,
+    structure: str,
+    *,
+    temperature: float,
+    shift: float,
+    overwrite: bool = False,
+) -> None:
+    """Write a model whose logits of one structure are ``logit / temperature + shift``.
+
+    The decoder's fusion of its heads is linear, so the correction goes into its weights: the
+    network is as fast as before, in every format that it is exported to.
+
+    Parameters
+    ----------
+    path, target : str or Path
+        Model file, and where the result goes.
+    structure : str
+        One of the model's.
+    temperature, shift : float
+        See `wmh_lora.evaluation.calibration.Calibration`.
+    overwrite : bool
+        Replace a ``target`` that exists.
+
+    Raises
+    ------
+    ConfigError
+        If the model has no such structure, or the temperature is not above zero.
+    WeightsError, DataError
+        If the file is absent, damaged or not a model, or the result cannot be written.
+    """
+    card, tensors = MODEL_FILE.read(path)
+    if structure not in card.model.structures or not temperature > 0:
+        raise ConfigError(
+            f"{path} has the structures {list(card.model.structures)}, and logits are divided by a "
+            f"temperature above 0; asked for {structure!r} and {temperature}."
+        )
+    row = card.model.structures.index(structure)
+    for name, added in (("decoder.fusion_weight", 0.0), ("decoder.fusion_bias", shift)):
+        changed = tensors[name].float()
+        changed[row] = changed[row] / temperature + added
+        tensors[name] = changed.to(tensors[name].dtype)
+    MODEL_FILE.write(target, storable(tensors, target), card, overwrite=overwrite)
+
+
+def scale_t1(
+    path: str | Path, target: str | Path, share: float, *, overwrite: bool = False
+) -> None:
+    """Write a model in which T1 counts for a ``share`` of what it did; FLAIR alone stays the same.
+
+    Between 0 (it adds nothing) and 1 (as trained). Where T1 was trained alone, the weights lie
+    between those of the model before and after that training (Wortsman et al., arXiv:2109.01903).
+    Where the model was trained with and without T1, 0 is not what it does without: it learned that
+    as well.
+
+    Parameters
+    ----------
+    path, target : str or Path
+        Model file, and where the result goes.
+    share : float
+        In [0, 1].
+    overwrite : bool
+        Replace a ``target`` that exists.
+
+    Raises
+    ------
+    ConfigError
+        If the model takes no T1, or the share is out of range.
+    WeightsError, DataError
+        If the file is absent, damaged or not a model, or the result cannot be written.
+    """
+    card, tensors = MODEL_FILE.read(path)
+    if not card.model.t1_channels or not 0 <= share <= 1:
+        raise ConfigError(
+            f"{path} has {card.model.t1_channels} channels of T1, and a share lies in [0, 1]; "
+            f"asked for {share}."
+        )
+    name = "adapter.t1_stem.weight"
+    tensors[name] = (tensors[name].float() * share).to(tensors[name].dtype)
+    MODEL_FILE.write(target, storable(tensors, target), card, overwrite=overwrite)
+
+
+def carry_t1(
+    path: str | Path, source: str | Path, target: str | Path, *, overwrite: bool = False
+) -> None:
+    """Write a FLAIR-only model with the way in of T1 that another state of it has.
+
+    For a model that was trained on after T1 had been added to an earlier state: what it finds in
+    FLAIR alone stays the same, and what a T1 adds is what it added there, so far as the adapter
+    has stayed alike. Measure that before use.
+
+    Parameters
+    ----------
+    path : str or Path
+        Model file without T1.
+    source : str or Path
+        Model file with T1, in other settings the same; its adapter adds nothing for a missing T1.
+    target : str or Path
+        Where the result goes.
+    overwrite : bool
+        Replace a ``target`` that exists.
+
+    Raises
+    ------
+    ConfigError
+        If the settings of the two differ in more than T1, or ``source`` changes what is found in
+        FLAIR alone.
+    WeightsError, DataError
+        If a file is absent, damaged or not a model, or the result cannot be written.
+    """
+    card, tensors = MODEL_FILE.read(path)
+    other, others = MODEL_FILE.read(source)
+    if card.model.t1_channels or replace(card.model, t1_channels=other.model.t1_channels) != (
+        other.model
+    ):
+        raise ConfigError(
+            f"{path} must take no T1, and its [model] settings be those of {source} but for that."
+        )
+    if others["adapter.t1_missing"].any():
+        raise ConfigError(f"{source} was trained with and without T1: its parts do not come apart.")
+    added = {name: tensor for name, tensor in others.items() if name.startswith("adapter.t1_")}
+    card = replace(card, model=other.model)
+    MODEL_FILE.write(target, storable({**tensors, **added}, target), card, overwrite=overwrite)
