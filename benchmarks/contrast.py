@@ -1,13 +1,14 @@
 """How bright what a model finds, misses and finds falsely is beside the tissue around it.
 
-    python -m benchmarks.contrast FLAIR.nii.gz MASK.nii.gz [--model NAME|FILE] [--slices 5]
-        [--min-contrast 0]
+    python -m benchmarks.contrast FLAIR.nii.gz MASK.nii.gz [--model NAME|FILE]
+        [--slices 5 [--skip 2]] [--min-contrast 0]
 
 Prints, as JSON, Dice and volumes, and of the voxels found by both, missed and false the 10th, 50th
 and 90th percentile of their brightness over the normal tissue within 15 mm
 (`wmh_lora.contrast.local_contrast`). False voxels fainter than what readers mark show that a
 model takes haze for lesions; missed ones fainter than those found, that it is too strict. With
-``--slices N`` the scan is first averaged over N slices along its last axis, as thick slices are.
+``--slices N`` the scan is first averaged over N slices along its last axis, as thick slices are,
+and with ``--skip M`` the first M are left out, so that the cuts fall elsewhere.
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("reference")
     parser.add_argument("--model", default="default")
     parser.add_argument("--slices", type=int, default=1)
+    parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--min-contrast", type=float)
     options = parser.parse_args(arguments)
     scan = Volume.read(options.image)
     reference = (Volume.read(options.reference, allow_constant=True).data == 1).astype(np.float32)
     affine = scan.affine.copy()
     affine[:3, 2] *= options.slices
-    scan = Volume(average_slices(scan.data, options.slices), affine)
-    lesion = average_slices(reference, options.slices) >= 0.5
+    scan = Volume(average_slices(scan.data[..., options.skip :], options.slices), affine)
+    lesion = average_slices(reference[..., options.skip :], options.slices) >= 0.5
     engine = WMHInferenceEngine(load_model(options.model), "cpu")
     result = engine.segment(scan, min_contrast=options.min_contrast)
     found = result.mask > 0

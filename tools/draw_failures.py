@@ -18,6 +18,7 @@ from pathlib import Path
 from wmh_lora.engine import WMHInferenceEngine, load_model
 from wmh_lora.evaluation.masks import challenge_masks
 from wmh_lora.evaluation.metrics import dice
+from wmh_lora.files import image_stem
 from wmh_lora.report.error_maps import Example, example_slice, predictions_grid
 from wmh_lora.training.tune import read_reference
 from wmh_lora.training.tune_cases import TuningCase, cases_of_folders
@@ -62,7 +63,7 @@ def judge(engine: WMHInferenceEngine, case: TuningCase) -> Outcome:
     masks = challenge_masks(read_reference(case, volume), found)
     score = dice(*masks)
     reference_ml, found_ml = (float(m.sum()) * volume.voxel_volume_ml for m in masks)
-    name = case.image.name.removesuffix(".nii.gz")
+    name = image_stem(case.image)
     title = f"{name}: Dice {score:.2f}, {found_ml:.1f} mL found of {reference_ml:.1f}"
     return Outcome(
         score, reference_ml, found_ml, example_slice(title, volume, *masks, most="errors")

@@ -59,8 +59,10 @@ def without_haze(
         Probability and deviation are zero where the picture is fainter than that; the rest is as
         it was. Where there is no normal tissue around, nothing is judged.
     """
+    if "brain" not in maps.structures or min_contrast == 0:
+        return maps
     shown = np.flatnonzero((maps.probability >= EVIDENCE).any(axis=(1, 2)))
-    if "brain" not in maps.structures or min_contrast == 0 or not len(shown):
+    if not len(shown):
         return maps
     probability = maps.probability[shown]
     excess = np.empty_like(probability)

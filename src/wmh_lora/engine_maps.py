@@ -39,16 +39,16 @@ Map = NDArray[np.float32]
 #: Called with a set of views, steps done and steps in all.
 MapProgress = Callable[[TtaMode, int, int], None]
 
-_FORMAT = 3
+_FORMAT = 2
 
 
 class ProbabilityMaps:
     """The maps of one model, computed when they are first asked for and kept in a folder.
 
     A map is found again by the model's weights, network and preprocessing settings, the image's
-    bytes, the package's version, the views, the kind of device and the approximations that
-    the model's settings allow. A kept map whose
-    checksum is wrong is computed again.
+    bytes, the package's version, the views, the kind of device, the contrast that a lesion must
+    have and the approximations that the model's settings allow. A kept map whose checksum is wrong
+    is computed again.
 
     Parameters
     ----------
@@ -90,9 +90,9 @@ class ProbabilityMaps:
             "preprocess": to_dict(card.preprocess),
             "device": self._device.type,
             "planes": card.inference.planes,
+            "min_contrast": card.inference.min_contrast,
             "shortcuts": [
                 card.inference.adaptive,
-                card.inference.min_contrast,
                 str(choose_dtype(self._device, card.inference.precision)),
             ],
         }

@@ -77,7 +77,7 @@ _INFERENCE_OPTIONS = (
         "--min-contrast",
         type=click.FloatRange(0, 1, max_open=True),
         metavar="X",
-        help="Brightness over the tissue around, as a share of what the scan's lesions have.",
+        help="Least brightness over the tissue around, as a share of what the scan's lesions have.",
     ),
     click.option(
         "--device",
