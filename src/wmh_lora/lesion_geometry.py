@@ -87,7 +87,7 @@ def distances_mm(voxels: LesionVoxels, target: BoolArray) -> FloatArray:
     """
     if not voxels.lesions:
         return np.empty(0)
-    distance = _nearest_mm(voxels, surface(target))
+    distance = _nearest_mm(voxels, _surface_indices(target))
     distance[target[tuple(voxels.indices)]] = 0.0
     return distance
 
@@ -98,13 +98,16 @@ def gaps_mm(voxels: LesionVoxels, target: BoolArray) -> FloatArray:
     It is zero for the 26 neighbours of a voxel, whatever the slice thickness; it equals the
     distance between centres to the mask grown by one voxel to all sides.
     """
-    box = bounding_box(target)
+    box = _box_around(target, 2)  # one to grow by, one to be outside of
     if box is None or not voxels.lesions:
         return np.full(len(voxels.owner), np.inf)
-    around = tuple(slice(max(0, side.start - 1), side.stop + 1) for side in box)
-    grown = target.copy()
-    grown[around] = ndimage.binary_dilation(target[around], np.ones((3, 3, 3)))
-    return distances_mm(voxels, grown)
+    first = np.array([side.start for side in box])
+    grown = ndimage.binary_dilation(target[box], np.ones((3, 3, 3)))
+    distance = _nearest_mm(voxels, np.argwhere(surface(grown)) + first)
+    within = voxels.indices - first[:, None]
+    near = np.all((within >= 0) & (within < np.array(grown.shape)[:, None]), axis=0)
+    distance[np.flatnonzero(near)[grown[tuple(within[:, near])]]] = 0.0
+    return distance
 
 
 def surface_distances_mm(voxels: LesionVoxels, target: BoolArray, within_mm: float) -> FloatArray:
@@ -114,7 +117,7 @@ def surface_distances_mm(voxels: LesionVoxels, target: BoolArray, within_mm: flo
     """
     if not voxels.lesions:
         return np.empty(0)
-    distance = _nearest_mm(voxels, surface(target), within_mm)
+    distance = _nearest_mm(voxels, _surface_indices(target), within_mm)
     distance[~target[tuple(voxels.indices)]] = 0.0
     return distance
 
@@ -147,8 +150,28 @@ def axial_diameters_mm(voxels: LesionVoxels) -> FloatArray:
     return np.asarray(np.maximum.reduceat(longest, lesion_starts))
 
 
-def _nearest_mm(voxels: LesionVoxels, target: BoolArray, within_mm: float = np.inf) -> FloatArray:
-    """Distance of each lesion voxel to the nearest voxel of a set; the origin drops out."""
+def _surface_indices(mask: BoolArray) -> NDArray[np.int64]:
+    """Where the surface of a mask is, (n, 3); copies of a mask may be too much for memory."""
+    box = _box_around(mask, 1)
+    if box is None:
+        return np.empty((0, 3), dtype=np.int64)
+    return np.asarray(np.argwhere(surface(mask[box])) + [side.start for side in box])
+
+
+def _box_around(mask: BoolArray, margin: int) -> tuple[slice, slice, slice] | None:
+    """Box that holds a mask, with a margin as far as the image has one."""
+    box = bounding_box(mask)
+    if box is None:
+        return None
+    first, second, third = (slice(max(0, x.start - margin), x.stop + margin) for x in box)
+    return first, second, third
+
+
+def _nearest_mm(
+    voxels: LesionVoxels, target: NDArray[np.int64], within_mm: float = np.inf
+) -> FloatArray:
+    """Distance of each lesion voxel to the nearest of some indices (m, 3); the origin drops out."""
     linear = voxels.affine[:3, :3].T
-    tree = cKDTree(np.argwhere(target) @ linear)
+    # Tight cells around the points of a grid's surface make this search 6 to 20 times longer.
+    tree = cKDTree(target @ linear, balanced_tree=False, compact_nodes=False)
     return np.asarray(tree.query(voxels.indices.T @ linear, distance_upper_bound=within_mm)[0])

@@ -31,7 +31,8 @@ def find_background(scan: FloatArray) -> BoolArray:
     -1000, a maximum), it must not be taken for tissue.
     """
     background = ~np.isfinite(scan)
-    faces = [np.take(scan, index, axis).ravel() for axis in range(3) for index in (0, -1)]
+    # views: np.take would copy the whole of a transposed array for one of its planes
+    faces = [np.moveaxis(scan, axis, 0)[index].ravel() for axis in range(3) for index in (0, -1)]
     border = np.concatenate(faces)
     border = border[np.isfinite(border)]
     if border.size:

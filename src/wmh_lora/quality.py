@@ -227,8 +227,7 @@ def assess_quality(
     measures = measure_scan(volume)
     brain = find_brain(structure_masks, volume.affine)
     ventricles = find_ventricles(structure_masks, volume.affine, brain.mask)
-    lesions = np.asarray(mask) != 0
-    lesion_ml = int(lesions.sum()) * volume.voxel_volume_ml
+    lesion_ml = int(np.count_nonzero(mask)) * volume.voxel_volume_ml
     return QualityReport(
         (
             _brain(brain),
@@ -238,7 +237,7 @@ def assess_quality(
             _fluid(volume, ventricles, measures),
             _lesion_volume(lesion_ml, brain),
             _confidence(probability, threshold, lesion_ml, volume),
-            _agreement(uncertainty, lesions),
+            _agreement(uncertainty, mask),
             _head(measures, brain),
         )
     )
@@ -360,14 +359,14 @@ def _confidence(
     if lesion_ml < _CHANGE_FROM_ML:
         return _limited(_CONFIDENCE, None)
     low, high = threshold * (1.0 - _THRESHOLD_BAND), threshold * (1.0 + _THRESHOLD_BAND)
-    between = int(np.count_nonzero((probability >= low) & (probability < high)))
+    between = np.count_nonzero(probability >= low) - np.count_nonzero(probability >= high)
     return _limited(_CONFIDENCE, between * volume.voxel_volume_ml / lesion_ml)
 
 
-def _agreement(uncertainty: NDArray[Any] | None, lesions: NDArray[np.bool_]) -> QualityCheck:
+def _agreement(uncertainty: NDArray[Any] | None, mask: NDArray[Any]) -> QualityCheck:
     if uncertainty is None:
         return _limited(_AGREEMENT, None)
-    seen = uncertainty[lesions]
+    seen = uncertainty[np.asarray(mask) != 0]
     seen = seen[seen > 0]  # zero where a slice was seen in one view only
     return _limited(_AGREEMENT, float(seen.mean()) if seen.size else None)
 

@@ -143,11 +143,11 @@ def find_ventricles(
     if box is None:
         return Structure(reason="the model found no ventricles")
     voxel_ml = _voxel_ml(affine)
-    labels, _ = ndimage.label(np.asarray(marked[box]) != 0, np.ones((3, 3, 3)))
-    sizes = np.bincount(labels.ravel())
+    labels, count = _label(np.asarray(marked[box]) != 0, np.ones((3, 3, 3)))
+    sizes = _component_sizes(labels, count)
     keep = sizes * voxel_ml >= _VENTRICLE_PART_ML
     if brain is not None:
-        inside = np.bincount(labels.ravel(), weights=brain[box].ravel())
+        inside = _component_sizes(labels * brain[box], count)
         keep &= inside >= _INSIDE_SHARE * sizes
     keep[0] = False
     kept = np.asarray(keep[labels], dtype=np.bool_)
@@ -191,7 +191,7 @@ def border_areas_cm2(mask: NDArray[Any], affine: NDArray[Any]) -> dict[str, floa
         first, second = (affine[:3, other] for other in range(3) if other != axis)
         pixel_cm2 = float(np.linalg.norm(np.cross(first, second))) / 100.0
         for face, index in zip(_FACES[code], (0, -1)):
-            areas[face] = int(np.count_nonzero(np.take(mask, index, axis))) * pixel_cm2
+            areas[face] = int(np.count_nonzero(np.moveaxis(mask, axis, 0)[index])) * pixel_cm2
     return areas
 
 
@@ -256,21 +256,26 @@ def _largest_component(mask: BoolArray) -> BoolArray:
     labels, count = _label(mask)
     if count <= 1:
         return mask
-    # slice by slice: counting casts to 8 bytes a voxel
-    sizes = np.zeros(count + 1, dtype=np.int64)
-    for part in labels:
-        sizes += np.bincount(part.ravel(), minlength=count + 1)
+    sizes = _component_sizes(labels, count)
     sizes[0] = 0
     return np.asarray(labels == int(sizes.argmax()), dtype=np.bool_)
 
 
-def _label(mask: BoolArray) -> tuple[NDArray[Any], int]:
+def _label(mask: BoolArray, neighbours: NDArray[Any] | None = None) -> tuple[NDArray[Any], int]:
     """Number the components, in two bytes a voxel where that is enough."""
     try:
-        labels, count = ndimage.label(mask, output=np.uint16)
+        labels, count = ndimage.label(mask, neighbours, output=np.uint16)
     except RuntimeError:  # more than 65,535 of them
-        labels, count = ndimage.label(mask)
+        labels, count = ndimage.label(mask, neighbours)
     return labels, count
+
+
+def _component_sizes(labels: NDArray[Any], count: int) -> NDArray[np.int64]:
+    """Count the voxels of background and of each component."""
+    sizes = np.zeros(count + 1, dtype=np.int64)
+    for part in labels:  # slice by slice: counting casts to 8 bytes a voxel
+        sizes += np.bincount(part.ravel(), minlength=count + 1)
+    return sizes
 
 
 def _fill_holes(mask: BoolArray) -> BoolArray:

@@ -40,6 +40,8 @@ __all__ = [
 PageFormat = Literal["html", "pdf", "none"]
 """How a scan's report is written for a reader, beside the JSON."""
 
+_LARGE_VOXELS = 32_000_000  # each part of a report needs a few copies: of more, one at a time
+
 
 class OutputFiles(NamedTuple):
     """Paths of one scan's results, in the order in which they are made."""
@@ -190,17 +192,21 @@ class Segmentation:
         files = output_files(out_dir, stem or self._stem, page)
         with (
             saved_together(files.present, overwrite=overwrite) as temporary,
-            ThreadPoolExecutor(1) as aside,
+            ThreadPoolExecutor(1 if self.mask.size > _LARGE_VOXELS else 3) as aside,
         ):
             partial = OutputFiles(*(temporary[path] for path in files.present))
-            write_nifti(partial.mask, self.mask, self.volume)
-            write_nifti(partial.probability, self.probability, self.volume)
-            # packing it takes as long as a third of the report
-            encoded = aside.submit(self.picture(reference).save, partial.picture)
+            parts = (
+                lambda: self.quality,
+                lambda: self.picture(reference).save(partial.picture),
+                lambda: self.regions,
+                lambda: write_nifti(partial.mask, self.mask, self.volume),
+                lambda: write_nifti(partial.probability, self.probability, self.volume),
+            )
+            for part in [aside.submit(part) for part in parts]:
+                part.result()
             report = self.report()
             text = json.dumps(report, indent=2, ensure_ascii=False)
             partial.report.write_text(text + "\n", encoding="utf-8")
-            encoded.result()
             if partial.page is not None:
                 picture_png = partial.picture.read_bytes()
                 partial.page.write_bytes(self._page(page, report, picture_png))
