@@ -11,44 +11,35 @@ in these scans, so that they do not drift.
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from wmh_lora.data.dataset import build_stream
 from wmh_lora.engine import ScanMaps, WMHInferenceEngine
 from wmh_lora.errors import ConfigError, DataError
 from wmh_lora.logs import Progress
 from wmh_lora.models.model_file import ModelCard
 from wmh_lora.models.registry import Model
+from wmh_lora.training.adapt_learn import Fit, learn
 from wmh_lora.training.adapt_network import Base, Record
 from wmh_lora.training.adapt_result import CrossValidation, FoldResult
 from wmh_lora.training.adapt_scans import WHOLE, SiteScans
 from wmh_lora.training.adapt_score import DiceTable, SettingGrid
 from wmh_lora.training.adapt_settings import AdaptConfig
-from wmh_lora.training.average import averaged_weights
-from wmh_lora.training.losses import SegmentationLoss
-from wmh_lora.training.processes import Processes
 from wmh_lora.training.run import program_versions
-from wmh_lora.training.start import SettledNet
-from wmh_lora.training.trainer import Trainer
 from wmh_lora.training.tune import read_reference
 from wmh_lora.training.tune_cases import TuningCase
-from wmh_lora.volume import Volume, write_nifti
+from wmh_lora.volume import Volume
 
 __all__ = ["AdaptConfig", "CrossValidation", "FoldResult", "adapt"]
 
 _log = logging.getLogger("wmh_lora")
 
-_CROP_MM = 128.0
 _PROBE_STEPS = 4
 _FEWEST_STEPS = 10
 _PLANNED_SHARE = 0.85  # of the time for training; the rest is for a machine that gets slower
@@ -144,10 +135,6 @@ def _ignore(done: int, total: int, text: str) -> None:
     """Show no progress."""
 
 
-class _OutOfTimeError(Exception):
-    """Ends a training at its deadline."""
-
-
 class _Clock:
     """What is left of the time."""
 
@@ -162,16 +149,6 @@ class _Clock:
     @property
     def left(self) -> float:
         return self._seconds - _RESERVED_S - self.passed
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """A trained network, and what it took: seconds before the first step, and for each step."""
-
-    net: SettledNet
-    steps: int
-    start_s: float
-    step_s: float
 
 
 class _Adaptation:
@@ -209,7 +186,7 @@ class _Adaptation:
             self.progress(number, count, f"base model on {case.name}")
             volume, maps = self._predict(engine, case)
             rows.append(self.grid.dice(maps.probability, read_reference(case, volume)))
-            structures.append(self._keep(maps.structure_masks, volume, number))
+            structures.append(self.scans.write_structures(maps.structure_masks, volume, number))
             pass_s = (time.monotonic() - started) / (number + 1)
             if pass_s * (2 * count - number - 1) > self.clock.left / 2:
                 self._refuse_time(pass_s * 2 * count * 2)
@@ -218,16 +195,6 @@ class _Adaptation:
     def _predict(self, engine: WMHInferenceEngine, case: TuningCase) -> tuple[Volume, ScanMaps]:
         volume = Volume.read(case.image)
         return volume, engine.predict_maps(engine.prepare(volume), engine.settings())
-
-    def _keep(
-        self, masks: Mapping[str, NDArray[np.uint8]], volume: Volume, number: int
-    ) -> dict[str, Path]:
-        """Write the masks of structures that the site does not label."""
-        paths = {}
-        for name, mask in masks.items():
-            paths[name] = self.scans.manifest.root / f"{number:02d}_{name}.nii.gz"
-            write_nifti(paths[name], mask, volume)
-        return paths
 
     # -- training --------------------------------------------------------------------------------
 
@@ -259,47 +226,25 @@ class _Adaptation:
             "scans."
         )
 
-    def _train(self, fold: str, steps: int, seconds: float, text: str) -> _Fit:
+    def _train(self, fold: str, steps: int, seconds: float, text: str) -> Fit:
         """Train on the scans of one division, to the end of the steps or of the time."""
-        began = time.monotonic()
-        config, card = self.config, self.card
-        net = self.base.learning_net(config.seed)
-        multiple = math.lcm(net.size_multiple, card.preprocess.multiple_px)
-        crop = multiple * -(-int(_CROP_MM / card.preprocess.pixel_size_mm) // multiple)
-        stream = build_stream(
-            {**self._data, **config.data(fold)},
-            config.seed,
-            crop,
-            card.preprocess,
-            card.model.structures,
-            in_channels=card.model.in_channels,
-        )
-        trainer = Trainer(
-            net,
-            SegmentationLoss(card.model.structures),
-            stream,
-            config.training(steps, crop),
-            Path(tempfile.mkdtemp(dir=self.folder)),
-            processes=Processes.launched("auto"),
-        )
-        times: list[float] = []
 
         def on_step(step: int, loss: float) -> None:
-            times.append(time.monotonic())
             self.progress(step, steps, f"{text}, loss {loss:.3f}")
-            if step < steps and times[-1] - began > seconds:
-                raise _OutOfTimeError
 
-        try:
-            if not trainer.run(on_step=on_step):
-                raise KeyboardInterrupt
-        except _OutOfTimeError:
-            _log.warning("%s: stopped after %d of %d steps, for time", text, len(times), steps)
-        with averaged_weights(net, trainer.average):
-            learned = copy.deepcopy(net.state_dict())
-        net.load_state_dict(learned)
-        step_s = (times[-1] - times[0]) / max(1, len(times) - 1)
-        return _Fit(net, len(times), times[0] - began - step_s, step_s)
+        fit = learn(
+            self.base.learning_net(self.config.seed),
+            self.card,
+            {**self._data, **self.config.data(fold)},
+            self.config,
+            steps=steps,
+            seconds=seconds,
+            folder=self.folder,
+            on_step=on_step,
+        )
+        if fit.steps < steps:
+            _log.warning("%s: stopped after %d of %d steps, for time", text, fit.steps, steps)
+        return fit
 
     def cross_validate(self) -> CrossValidation:
         """Train a network for each fold, and score it on the scans that it has not seen."""

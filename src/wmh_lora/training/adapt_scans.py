@@ -10,6 +10,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from wmh_lora.data.catalog import make_manifest
 from wmh_lora.data.manifest import Manifest, Scan, write_manifest
 from wmh_lora.data.split import Split, SplitFile, write_split
@@ -17,6 +20,7 @@ from wmh_lora.data.strata import LOAD_BANDS_ML, deal, join_persons, order_by_str
 from wmh_lora.errors import DataError
 from wmh_lora.files import file_sha256, image_suffix
 from wmh_lora.training.tune_cases import TuningCase
+from wmh_lora.volume import Volume, write_nifti
 
 __all__ = ["FEWEST", "MOST", "WHOLE", "SiteScans"]
 
@@ -104,6 +108,26 @@ class SiteScans:
             {"image_sha256": scan.image_sha256, "mask_sha256": scan.mask_sha256}
             for scan in self.manifest.scans
         )
+
+    def write_structures(
+        self, masks: Mapping[str, NDArray[np.uint8]], volume: Volume, number: int
+    ) -> dict[str, Path]:
+        """Write masks of structures that the site does not label, for `data_table`.
+
+        Parameters
+        ----------
+        masks : mapping of str to uint8 array (I, J, K)
+            By the name of the structure.
+        volume : Volume
+            The scan.
+        number : int
+            Its place in ``cases``.
+        """
+        paths = {}
+        for name, mask in masks.items():
+            paths[name] = self.manifest.root / f"{number:02d}_{name}.nii.gz"
+            write_nifti(paths[name], mask, volume)
+        return paths
 
     def data_table(self, structures: Sequence[Mapping[str, Path]]) -> dict[str, Any]:
         """Write manifest and split, and return the ``[data]`` table that names them.

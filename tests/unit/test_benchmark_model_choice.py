@@ -1,0 +1,71 @@
+"""The study of what to train: each way trains what it says, and is scored with what it learned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.model_choice import LEARNING, finished_model, learning_net, study_text
+from wmh_lora.models.registry import model_path
+
+_COMPUTER = {"cpu": "a CPU", "cores": 2, "threads": 2, "torch": "2.0"}
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_what_was_learned_is_what_is_scored(name: str) -> None:
+    what, base = LEARNING[name], model_path()
+    net = learning_net(base, None, what, seed=1)
+    slices = torch.rand(1, 3, 64, 64)
+    untouched = finished_model(base, None, what, net)
+    with torch.no_grad():
+        before = net(slices)
+        torch.testing.assert_close(untouched.net(slices), before, atol=1e-3, rtol=1e-3)
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        learned = net(slices)
+        scored = finished_model(base, None, what, net).net(slices)
+    assert (learned - before).abs().max() > 0.05
+    torch.testing.assert_close(scored, learned, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_only_what_is_named_is_trained(name: str) -> None:
+    what = LEARNING[name]
+    net = learning_net(model_path(), None, what, seed=1)
+    parts = {"encoder": net.encoder, "adapter": net.adapter, "decoder": net.decoder}
+    trained = {
+        part: {n for n, p in module.named_parameters() if p.requires_grad}
+        for part, module in parts.items()
+    }
+    if what.everything:
+        assert all(len(trained[p]) == len(list(m.parameters())) for p, m in parts.items())
+        return
+    assert {n.split(".lora_")[0].rpartition(".")[2] for n in trained["encoder"]} == set(what.ranks)
+    assert all(".lora_" in n for n in trained["encoder"])
+    for part in ("adapter", "decoder"):
+        assert len(trained[part]) == (len(list(parts[part].parameters())) if what.decoder else 0)
+
+
+def test_tables_hold_means_and_gains() -> None:
+    looking = {
+        "one view": {"dice": {"a": 0.5, "b": 0.7}, "other": [0.8], "healthy_ml": 0.1, "seconds": 2},
+        "one plane": {"dice": {"a": 0.4, "b": 0.6}, "other": [0.7], "healthy_ml": 2, "seconds": 1},
+    }
+    learned = {
+        "trained": 1234,
+        "steps": [10, 11],
+        "dice": {"b": 0.9, "a": 0.6},
+        "other": [0.6, 0.5],
+    }
+    text = study_text(
+        {"looking": looking, "learning": {"LoRA": learned}},
+        command="run me",
+        minutes=2,
+        computer=_COMPUTER,
+    )
+    assert "| base, not trained | 0 |  | 0.600 |  | 0.700 |" in text
+    assert "| LoRA | 1,234 | 10, 11 | 0.750 | +0.150 (" in text
+    assert "| 0.550 |" in text
+    assert "| one plane | 0.500 | -0.100 (" in text
+    assert "| 0.700 | 2.00 | 1.0 |" in text
