@@ -53,10 +53,7 @@ def main() -> None:
         normal = (
             brain & ~(maps.structure_masks["ventricles"] > 0) & (maps.probability < given.doubt)
         )
-        lesion = labels == 1
-        visible, doubtful = judge_visibility(volume.data, lesion, normal, volume.spacing_mm)
-        labels[lesion & ~visible] = 0
-        labels[doubtful] = OTHER_PATHOLOGY_LABEL
+        labels = without_faint(labels, volume, normal)
         subject = f"sub-{number:02}"
         scan = given.output / subject / "anat" / f"{subject}_FLAIR.nii.gz"
         mask = given.output / "derivatives" / "manual" / subject / "anat"
@@ -87,6 +84,17 @@ def pseudo_labels(
     lesion = remove_faint_components(apply_threshold(inside, threshold), inside, sure)
     unsure = apply_threshold(inside, doubt) & ~lesion.astype(np.bool_)
     return np.where(unsure, np.uint8(OTHER_PATHOLOGY_LABEL), lesion)
+
+
+def without_faint(
+    labels: npt.NDArray[np.uint8], volume: Volume, normal: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.uint8]:
+    """Take lesions back that are hardly brighter than normal tissue beside the scan's others."""
+    lesion = labels == 1
+    visible, doubtful = judge_visibility(volume.data, lesion, normal, volume.spacing_mm)
+    judged = np.where(lesion & ~visible, np.uint8(0), labels)
+    judged[doubtful] = OTHER_PATHOLOGY_LABEL
+    return judged
 
 
 def _grow(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tools.pseudo_label import pseudo_labels
+from tools.pseudo_label import pseudo_labels, without_faint
+from wmh_lora.volume import Volume
 
 
 def test_components_are_sure_open_or_background() -> None:
@@ -21,3 +22,23 @@ def test_components_are_sure_open_or_background() -> None:
     expected[1:3, 1:3, 1] = [[1, 1], [1, 2]]
     expected[5:7, 1:3, 1] = 2
     np.testing.assert_array_equal(labels, expected)
+
+
+def test_what_is_faint_beside_other_lesions_is_taken_back() -> None:
+    labels = np.zeros((60, 60, 5), dtype=np.uint8)
+    scan = np.ones(labels.shape, dtype=np.float32)
+    bright, fair, haze = np.s_[20:32, 20:32, 1:4], np.s_[5:13, 5:13, 2], np.s_[45:53, 45:53, 2]
+    open_already = np.s_[45:53, 5:13, 2]
+    for place, excess in ((bright, 0.5), (fair, 0.3), (haze, 0.1)):
+        labels[place] = 1
+        scan[place] += excess
+    labels[open_already] = 2
+    before = labels.copy()
+    normal = labels == 0
+    judged = without_faint(labels, Volume(scan, np.diag([1.0, 1.0, 4.0, 1.0])), normal)
+    np.testing.assert_array_equal(labels, before)
+    assert (judged[22:30, 22:30, 1:4] == 1).all()
+    assert (judged[7:11, 7:11, 2] == 2).all()  # readers differ
+    assert (judged[47:51, 47:51, 2] == 0).all()
+    assert (judged[open_already] == 2).all()
+    assert (judged[normal] == 0).all()
