@@ -1,9 +1,10 @@
 """Put a trained model into the package: half precision, a name, and what its card says.
 
     python tools/package_model.py RUN/last.safetensors NAME --command TEXT --data TEXT
-        [--metric KEY=VALUE ...] [--set SETTING=VALUE ...]
+        [--metric KEY=VALUE ...] [--set SETTING=VALUE ...] [-o FILE]
 
-``--set`` changes settings of inference, such as ``threshold=0.5`` or ``planes=all``.
+``--set`` changes settings of inference, such as ``threshold=0.5`` or ``planes=all``; ``-o`` writes
+another file than the package's own.
 
 Figures are given by hand: they must be those that the commands of the model card print.
 """
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="What it was trained on, with licences.")
     parser.add_argument("--metric", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--set", action="append", default=[], dest="settings")
+    parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
     card = read_model_card(given.model)
     table = apply_overrides(
@@ -44,7 +46,7 @@ def main() -> None:
         training={"command": given.command, "data": given.data, **card.training},
         metrics={key: float(value) for key, value in pairs},
     )
-    target = ASSETS / f"{given.name}.safetensors"
+    target = given.output or ASSETS / f"{given.name}.safetensors"
     rewrite_card(given.model, card, target=target, overwrite=True, half=True)
 
 
