@@ -10,7 +10,7 @@ Two comparisons, both from one base model that must not have seen the cohort:
 * *looking*: views, planes and pixel size, with no training at all.
 
 What is finished is kept in ``--work``: after an interruption, the same command goes on. At the end
-the study is written to ``docs/studies/model-choice.md``.
+the study is written to ``docs/studies/model-choice.md``; what stands there under "Reading" is kept.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ __all__ = ["LEARNING", "LOOKING", "Learning", "finished_model", "learning_net", 
 
 _ATTENTION, _MLP = ("qkv", "proj"), ("fc1", "fc2")
 _PROBE_STEPS = 6
+_READING = "## Reading"
 _LATEST = 1.5  # times the planned seconds, after which a training is cut off
 
 
@@ -65,7 +66,6 @@ class Learning:
 LEARNING = {
     "decoder alone": Learning({}),
     "LoRA 8 alone": Learning(dict.fromkeys(_ATTENTION + _MLP, 8), decoder=False),
-    "LoRA 2, decoder": Learning(dict.fromkeys(_ATTENTION + _MLP, 2)),
     "LoRA 8, decoder": Learning(dict.fromkeys(_ATTENTION + _MLP, 8)),
     "LoRA 32, decoder": Learning(dict.fromkeys(_ATTENTION + _MLP, 32)),
     "LoRA 8 in attention, decoder": Learning(dict.fromkeys(_ATTENTION, 8)),
@@ -325,6 +325,8 @@ def main(arguments: list[str] | None = None) -> None:
         computer=machine(),
     )
     options.markdown.parent.mkdir(parents=True, exist_ok=True)
+    before = options.markdown.read_text(encoding="utf-8") if options.markdown.is_file() else ""
+    text += "".join(before.partition(f"\n{_READING}\n")[1:])
     with open_atomic(options.markdown, overwrite=True) as stream:
         stream.write(text.encode())
     sys.stdout.write(text)

@@ -191,6 +191,9 @@ class InferenceConfig:
     threshold : float
         Voxels of at least this probability are lesion, in (0, 1). A trained model file carries
         the value chosen on its validation scans.
+    threshold_three_planes : float or None
+        The same for scans that are seen in three planes: at borders, where planes differ, their
+        mean is lower than what one plane gives. None is ``threshold``.
     min_voxels : int
         26-connected components with fewer voxels are removed.
     min_peak : float
@@ -220,6 +223,7 @@ class InferenceConfig:
     """
 
     threshold: float = 0.5
+    threshold_three_planes: float | None = None
     min_voxels: int = 3
     min_peak: float = 0.0
     min_contrast: float = 0.0
@@ -232,6 +236,10 @@ class InferenceConfig:
 
     def __post_init__(self) -> None:
         _require(0.0 < self.threshold < 1.0, "threshold", "between 0 and 1", self.threshold)
+        three = self.threshold_three_planes
+        _require(
+            three is None or 0.0 < three < 1.0, "threshold_three_planes", "between 0 and 1", three
+        )
         _require(self.min_voxels >= 0, "min_voxels", "zero or more", self.min_voxels)
         _require(0.0 <= self.min_peak <= 1.0, "min_peak", "between 0 and 1", self.min_peak)
         _require(
@@ -245,6 +253,33 @@ class InferenceConfig:
         _require(self.precision in known, "precision", " or ".join(known), self.precision)
         if self.max_memory is not None:
             parse_size(self.max_memory)
+
+    def changed(self, **given: Any) -> InferenceConfig:
+        """Return the same with the given fields in their place; None leaves one as it is.
+
+        A threshold that is given holds for every scan, in three planes as well.
+
+        Raises
+        ------
+        ConfigError
+            If a value is out of range, or there is no such field.
+
+        Examples
+        --------
+        >>> config = InferenceConfig(threshold=0.4, threshold_three_planes=0.2)
+        >>> config.threshold_of(3), config.changed(threshold=0.3).threshold_of(3)
+        (0.2, 0.3)
+        """
+        chosen = {name: value for name, value in given.items() if value is not None}
+        if "threshold" in chosen:
+            chosen.setdefault("threshold_three_planes", None)
+        return from_dict(InferenceConfig, {**dataclasses.asdict(self), **chosen})
+
+    def threshold_of(self, planes: int) -> float:
+        """Return the threshold of a scan that was seen in so many planes."""
+        if planes == 1 or self.threshold_three_planes is None:
+            return self.threshold
+        return self.threshold_three_planes
 
 
 def to_dict(config: Any) -> dict[str, Any]:

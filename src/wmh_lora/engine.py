@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from wmh_lora.config import InferenceConfig, PreprocessConfig, TtaMode, from_dict
+from wmh_lora.config import InferenceConfig, PreprocessConfig, TtaMode
 from wmh_lora.engine_brain import within_brain
 from wmh_lora.engine_contrast import without_haze
 from wmh_lora.engine_device import NetworkOnDevice, choose_device, choose_dtype, device_errors
@@ -224,7 +224,8 @@ class WMHInferenceEngine:
             prepared = prepared or self.prepare(volume)
             second = None if t1 is None else self.prepare_t1(t1, prepared, volume, register_t1)
             maps = self.predict_maps(prepared, config, t1=second, progress=progress)
-        mask, lesions = find_lesions(maps.probability, volume, config)
+        threshold = config.threshold_of(maps.planes)
+        mask, lesions = find_lesions(maps.probability, volume, config, threshold)
         return Segmentation(
             volume=volume,
             probability=maps.probability,
@@ -232,7 +233,7 @@ class WMHInferenceEngine:
             lesions=lesions,
             volume_ml=int(mask.sum(dtype=np.int64)) * volume.voxel_volume_ml,
             settings={
-                "threshold": config.threshold,
+                "threshold": threshold,
                 "min_voxels": config.min_voxels,
                 "min_peak": config.min_peak,
                 "min_contrast": config.min_contrast,
@@ -256,15 +257,14 @@ class WMHInferenceEngine:
         Parameters
         ----------
         **given
-            Fields of `wmh_lora.config.InferenceConfig`; None leaves one as it is.
+            Fields of `wmh_lora.config.InferenceConfig`, see its `changed`.
 
         Raises
         ------
         ConfigError
             If a value is out of range, or there is no such setting.
         """
-        chosen = {key: value for key, value in given.items() if value is not None}
-        return from_dict(InferenceConfig, {**asdict(self._inference), **chosen})
+        return self._inference.changed(**given)
 
     def predict_volume_probs(
         self, path_or_volume: Scan, use_tta: bool = True
@@ -398,8 +398,9 @@ class WMHInferenceEngine:
             If the device runs out of memory.
         """
         with device_errors(self.device):
-            maps = self._predict_slices(whole_stack(prepared, t1), prepared, config, progress)
-        return maps_on_scan(maps, prepared, structures=structures)
+            stack = whole_stack(prepared, t1)
+            maps, planes = self._predict_slices(stack, prepared, config, progress)
+        return maps_on_scan(maps, prepared, structures=structures, planes=planes)
 
     @staticmethod
     def apply_threshold(prob_volume: NDArray[Any], threshold: float = 0.60) -> NDArray[np.uint8]:
@@ -417,8 +418,8 @@ class WMHInferenceEngine:
         prepared: Prepared,
         config: InferenceConfig,
         progress: ProgressCallback | None,
-    ) -> SliceMaps:
-        """Maps (S, H, W) on the network's grid."""
+    ) -> tuple[SliceMaps, int]:
+        """Maps (S, H, W) on the network's grid, and how many planes the scan was seen in."""
         views = VIEWS[config.tta]
         batch_size = config.batch_size
         planes = 3 if config.planes == "all" and prepared.view.is_isotropic else 1
@@ -444,7 +445,7 @@ class WMHInferenceEngine:
             maps = average_planes(slices, prepared, maps, see, evidence_only=config.adaptive)
         pixel_mm = prepared.config.pixel_size_mm
         maps = within_brain(maps, pixel_mm)
-        return without_haze(maps, prepared.slices, pixel_mm, config.min_contrast)
+        return without_haze(maps, prepared.slices, pixel_mm, config.min_contrast), planes
 
     def _look(self, stack: Stack, dtype: torch.dtype) -> Look:
         """Make what shows batches of slices to the network."""

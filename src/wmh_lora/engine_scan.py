@@ -47,14 +47,19 @@ class ScanMaps:
         Standard deviation over the views; None for a single one.
     structure_masks : dict of str to uint8 array
         Ventricles and brain, as far as the network has them.
+    planes : int
+        1 or 3 that were averaged.
     """
 
     probability: NDArray[np.float32]
     uncertainty: NDArray[np.float32] | None
     structure_masks: dict[str, NDArray[np.uint8]]
+    planes: int = 1
 
 
-def maps_on_scan(maps: SliceMaps, prepared: Prepared, *, structures: bool = True) -> ScanMaps:
+def maps_on_scan(
+    maps: SliceMaps, prepared: Prepared, *, structures: bool = True, planes: int = 1
+) -> ScanMaps:
     """Bring maps from the network's grid to the scan's; structures only if they are asked for."""
     native = restore(maps.probability, prepared)
     native *= PROBABILITY_STEPS
@@ -68,14 +73,15 @@ def maps_on_scan(maps: SliceMaps, prepared: Prepared, *, structures: bool = True
         structure_masks={
             name: restore_mask(part, prepared, STRUCTURE_LEVEL) for name, part in found.items()
         },
+        planes=planes,
     )
 
 
 def find_lesions(
-    probability: NDArray[np.float32], volume: Volume, config: InferenceConfig
+    probability: NDArray[np.float32], volume: Volume, config: InferenceConfig, threshold: float
 ) -> tuple[NDArray[np.uint8], tuple[Lesion, ...]]:
     """Make the mask and list its lesions."""
-    mask = lesion_mask(probability, config.threshold, config.min_voxels, config.min_peak)
+    mask = lesion_mask(probability, threshold, config.min_voxels, config.min_peak)
     return mask, tuple(describe_lesions(mask, volume.affine))
 
 

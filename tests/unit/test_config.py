@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_settings_from_before_there_were_more_keep_their_meaning() -> None:
         ({"threshold": True}, "'threshold' must be a number"),
         ({"threshold": 1.5}, "between 0 and 1"),
         ({"threshold": float("nan")}, "between 0 and 1"),
+        ({"threshold_three_planes": 0.0}, "'threshold_three_planes' must be between 0 and 1"),
         ({"min_voxels": 2.5}, "whole number"),
         ({"tta": "rotate"}, "one of none, flip, d4"),
     ],
@@ -100,6 +102,18 @@ def test_settings_from_before_there_were_more_keep_their_meaning() -> None:
 def test_wrong_values_are_refused(plain: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_dict(InferenceConfig, plain)
+
+
+def test_a_threshold_that_is_given_holds_for_three_planes_as_well() -> None:
+    config = InferenceConfig(threshold=0.4, threshold_three_planes=0.2, min_peak=0.7)
+    assert (config.threshold_of(1), config.threshold_of(3)) == (0.4, 0.2)
+    assert config.changed(threshold=None, tta="flip") == dataclasses.replace(config, tta="flip")
+    given = config.changed(threshold=0.3)
+    assert (given.threshold_of(1), given.threshold_of(3), given.min_peak) == (0.3, 0.3, 0.7)
+    both = config.changed(threshold=0.3, threshold_three_planes=0.1)
+    assert (both.threshold_of(1), both.threshold_of(3)) == (0.3, 0.1)
+    with pytest.raises(ConfigError, match="Unknown setting 'treshold'"):
+        config.changed(treshold=0.3)
 
 
 @pytest.mark.parametrize(

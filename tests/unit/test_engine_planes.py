@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,6 +191,25 @@ def test_thick_slices_are_seen_in_their_own_plane_alone() -> None:
     engine = WMHInferenceEngine(_model(planes="all"), "cpu")
     assert not engine.prepare(volume).view.is_isotropic
     assert engine.segment(volume).uncertainty is None
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "given", "expected"),
+    [
+        ((3.0, 3.0, 3.0), {}, 0.3),
+        ((3.0, 3.0, 3.0), {"planes": "one"}, 0.8),
+        ((3.0, 3.0, 3.0), {"threshold": 0.6}, 0.6),
+        ((3.0, 3.0, 6.0), {}, 0.8),
+    ],
+)
+def test_three_planes_have_a_threshold_of_their_own(
+    spacing_mm: tuple[float, float, float], given: dict[str, Any], expected: float
+) -> None:
+    """A threshold that is given holds however the scan is seen."""
+    model = _model(planes="all", threshold=0.8, threshold_three_planes=0.3, min_voxels=0)
+    found = WMHInferenceEngine(model, "cpu").segment(isotropic_head(spacing_mm), **given)
+    assert found.settings["threshold"] == expected
+    np.testing.assert_array_equal(found.mask, found.probability >= np.float32(expected))
 
 
 def test_whole_planes_and_evidence_alone_give_the_same_mask() -> None:

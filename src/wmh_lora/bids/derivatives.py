@@ -86,6 +86,7 @@ def settings_record(model: Mapping[str, str], inference: InferenceConfig) -> dic
     """
     return {
         "Threshold": inference.threshold,
+        "ThresholdInThreePlanes": inference.threshold_of(3),
         "MinimumLesionVoxels": inference.min_voxels,
         "MinimumLesionPeakProbability": inference.min_peak,
         "MinimumLesionContrast": inference.min_contrast,

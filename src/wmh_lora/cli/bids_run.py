@@ -107,9 +107,6 @@ def run_participants(scans: Sequence[RawScan], options: RunOptions) -> Participa
 
 def describe_model(options: RunOptions) -> tuple[dict[str, str], InferenceConfig]:
     """Return what identifies the model, and the settings as they will be, without loading it."""
-    from dataclasses import asdict
-
-    from wmh_lora.config import InferenceConfig, from_dict
     from wmh_lora.files import file_sha256
     from wmh_lora.models.model_file import read_model_card
     from wmh_lora.models.registry import describe_model as describe
@@ -123,9 +120,8 @@ def describe_model(options: RunOptions) -> tuple[dict[str, str], InferenceConfig
         adapter = load_adapter(options.inference.adapter)
         adapter.require_base(path, sha256)
         card = adapter.adapt_card(card)
-    chosen = {key: value for key, value in options.inference.inference.items() if value is not None}
     model = describe(card, sha256, adapter)
-    return model, from_dict(InferenceConfig, {**asdict(card.inference), **chosen})
+    return model, card.inference.changed(**options.inference.inference)
 
 
 def _plan(

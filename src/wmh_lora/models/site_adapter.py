@@ -166,8 +166,8 @@ class SiteAdapter:
 
     def adapt_card(self, card: ModelCard) -> ModelCard:
         """Return the base's card with the threshold and size that go with the adapter."""
-        inference = replace(
-            card.inference, threshold=self.card.threshold, min_voxels=self.card.min_voxels
+        inference = card.inference.changed(
+            threshold=self.card.threshold, min_voxels=self.card.min_voxels
         )
         return replace(card, inference=inference)
 

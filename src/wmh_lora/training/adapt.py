@@ -167,8 +167,8 @@ class _Adaptation:
         self.clock, self.progress = clock, progress
         model = base.model()
         self.card: ModelCard = model.card
-        self.grid = SettingGrid(model.card.inference)
         self._base_scores, structures, self._pass_s = self._first_pass(model)
+        self.grid = self._base_scores.grid
         self._data = scans.data_table(structures)
         self._trainings_left = len(scans.folds) + 1
         self._scans_left = len(scans.cases)
@@ -181,16 +181,21 @@ class _Adaptation:
         engine = WMHInferenceEngine(model)
         count = len(self.scans.cases)
         rows, structures = [], []
+        grid = None
         started = time.monotonic()
         for number, case in enumerate(self.scans.cases):
             self.progress(number, count, f"base model on {case.name}")
             volume, maps = self._predict(engine, case)
-            rows.append(self.grid.dice(maps.probability, read_reference(case, volume)))
+            # a site's scans are alike: all are seen in one plane, or all in three
+            threshold = self.card.inference.threshold_of(maps.planes)
+            grid = grid or SettingGrid(self.card.inference.changed(threshold=threshold))
+            rows.append(grid.dice(maps.probability, read_reference(case, volume)))
             structures.append(self.scans.write_structures(maps.structure_masks, volume, number))
             pass_s = (time.monotonic() - started) / (number + 1)
             if pass_s * (2 * count - number - 1) > self.clock.left / 2:
                 self._refuse_time(pass_s * 2 * count * 2)
-        return DiceTable(self.grid, np.stack(rows)), structures, pass_s
+        assert grid is not None
+        return DiceTable(grid, np.stack(rows)), structures, pass_s
 
     def _predict(self, engine: WMHInferenceEngine, case: TuningCase) -> tuple[Volume, ScanMaps]:
         volume = Volume.read(case.image)
@@ -285,8 +290,8 @@ class _Adaptation:
         chosen = result.setting
         config = self.config
         record = Record(
-            setting=replace(
-                self.card.inference, threshold=chosen.threshold, min_voxels=chosen.min_voxels
+            setting=self.card.inference.changed(
+                threshold=chosen.threshold, min_voxels=chosen.min_voxels
             ),
             training={
                 "method": config.method,

@@ -347,7 +347,7 @@ def tuned_card(card: ModelCard, tuning: Tuning) -> ModelCard:
     metrics.update({f"tuned_{name}": round(v, 4) for name, v in values.items() if np.isfinite(v)})
     return replace(
         card,
-        inference=replace(card.inference, **asdict(tuning.setting)),
+        inference=card.inference.changed(**asdict(tuning.setting)),
         training={**card.training, "tuning": record},
         metrics=metrics,
     )
