@@ -191,9 +191,6 @@ class InferenceConfig:
     threshold : float
         Voxels of at least this probability are lesion, in (0, 1). A trained model file carries
         the value chosen on its validation scans.
-    threshold_three_planes : float or None
-        The same for scans that are seen in three planes: at borders, where planes differ, their
-        mean is lower than what one plane gives. None is ``threshold``.
     min_voxels : int
         26-connected components with fewer voxels are removed.
     min_peak : float
@@ -208,6 +205,9 @@ class InferenceConfig:
     planes : {"one", "all"}
         ``"all"`` averages axial, coronal and sagittal slices of scans that are as fine in each;
         others, and all with ``"one"``, are seen in one plane.
+    threshold_three_planes : float or None
+        ``threshold`` of scans that are seen in three planes: at borders, where planes differ, their
+        mean is lower than what one plane gives. None is the same.
     batch_size : int
         Slices sent through the network at once. Changes memory and speed, not results.
     adaptive : bool
@@ -223,12 +223,12 @@ class InferenceConfig:
     """
 
     threshold: float = 0.5
-    threshold_three_planes: float | None = None
     min_voxels: int = 3
     min_peak: float = 0.0
     min_contrast: float = 0.0
     tta: TtaMode = "none"
     planes: PlaneMode = "one"
+    threshold_three_planes: float | None = None
     batch_size: int = 2
     adaptive: bool = True
     precision: Precision = "float32"

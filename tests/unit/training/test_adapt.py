@@ -28,6 +28,7 @@ from wmh_lora.models.model_file import load_model_file, read_model_card
 from wmh_lora.models.registry import load_model
 from wmh_lora.models.site_adapter import LARGEST_BYTES, load_adapter
 from wmh_lora.training import adapt as adapt_module
+from wmh_lora.training import adapt_learn
 from wmh_lora.training.adapt import AdaptConfig, CrossValidation, adapt
 from wmh_lora.training.tune_cases import TuningCase
 from wmh_lora.volume import Volume
@@ -184,7 +185,7 @@ def test_other_structures_are_taught_as_the_base_sees_them(
         taught.update({p.name: Volume.read(p).data for p in stream.files() if "ventr" in p.name})
         return stream
 
-    monkeypatch.setattr(adapt_module, "build_stream", look)
+    monkeypatch.setattr(adapt_learn, "build_stream", look)
     adapt(site.cases[:2], site.base, tmp_path / "x.safetensors", QUICK, force=True)
     assert valid == [[True] * len(STRUCTURES)] * 4  # first steps, two folds, all scans
     model = load_model(site.base)
@@ -244,7 +245,8 @@ def _timed(
     step_s: Callable[[str], float],
 ) -> tuple[CrossValidation, FakeTime]:
     clock = FakeTime(step_s)
-    monkeypatch.setattr(adapt_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    for module in (adapt_module, adapt_learn):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     config = replace(LEARNING, steps=1000, minutes=1.0, batch_size=1, lanes=1)
     result = adapt(site.cases[:2], site.base, target, config, force=True, progress=clock.advance)
     return result, clock
