@@ -224,8 +224,8 @@ class WMHInferenceEngine:
             prepared = prepared or self.prepare(volume)
             second = None if t1 is None else self.prepare_t1(t1, prepared, volume, register_t1)
             maps = self.predict_maps(prepared, config, t1=second, progress=progress)
-        threshold = config.threshold_of(maps.planes)
-        mask, lesions = find_lesions(maps.probability, volume, config, threshold)
+        used = config.changed(threshold=config.threshold_of(maps.planes))
+        mask, lesions = find_lesions(maps.probability, volume, used)
         return Segmentation(
             volume=volume,
             probability=maps.probability,
@@ -233,7 +233,11 @@ class WMHInferenceEngine:
             lesions=lesions,
             volume_ml=int(mask.sum(dtype=np.int64)) * volume.voxel_volume_ml,
             settings={
-                "threshold": threshold,
+                "threshold": used.threshold,
+                "thresholds": {
+                    "one_plane": config.threshold_of(1),
+                    "three_planes": config.threshold_of(3),
+                },
                 "min_voxels": config.min_voxels,
                 "min_peak": config.min_peak,
                 "min_contrast": config.min_contrast,

@@ -78,10 +78,10 @@ def maps_on_scan(
 
 
 def find_lesions(
-    probability: NDArray[np.float32], volume: Volume, config: InferenceConfig, threshold: float
+    probability: NDArray[np.float32], volume: Volume, config: InferenceConfig
 ) -> tuple[NDArray[np.uint8], tuple[Lesion, ...]]:
     """Make the mask and list its lesions."""
-    mask = lesion_mask(probability, threshold, config.min_voxels, config.min_peak)
+    mask = lesion_mask(probability, config.threshold, config.min_voxels, config.min_peak)
     return mask, tuple(describe_lesions(mask, volume.affine))
 
 

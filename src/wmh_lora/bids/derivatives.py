@@ -214,6 +214,10 @@ def save_segmentation(
     inference = from_dict(
         InferenceConfig, {key: settings[key] for key in _RECORDED if key in settings}
     )
+    if thresholds := settings.get("thresholds"):  # those of the run, not this scan's alone
+        inference = inference.changed(
+            threshold=thresholds["one_plane"], threshold_three_planes=thresholds["three_planes"]
+        )
     raw = _read_sidecar(root / "dataset_description.json") or {}
     out_dir.mkdir(parents=True, exist_ok=True)
     write_dataset_files(out_dir, root, raw)

@@ -93,7 +93,8 @@ class Segmentation:
     volume_ml : float
         Total lesion volume in millilitres.
     settings : mapping
-        Threshold, smallest lesion size, test-time augmentation and device, as used.
+        Threshold, smallest lesion size, test-time augmentation and device, as used; ``thresholds``
+        are those of scans seen in one plane and in three.
     model : mapping
         Name, sha256 and base encoder of the model.
     warnings : tuple of str
