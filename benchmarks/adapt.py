@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import machine
+from benchmarks.harness import kept_result, machine, markdown_table
 from wmh_lora import __version__
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.evaluation.metrics import dice, evaluate
@@ -104,16 +104,12 @@ class Study:
         return records
 
     def _kept(self, name: str, compute: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        path = self.work / f"{name}.json"
-        if path.is_file():
-            document = json.loads(path.read_text(encoding="utf-8"))
-            if document["identity"] == self.identity:
-                records: list[dict[str, Any]] = document["records"]
-                return records
-        records = [{**record, "direction": int(name[0])} for record in compute()]
-        text = json.dumps({"identity": self.identity, "records": records}, indent=2)
-        with open_atomic(path, overwrite=True) as stream:
-            stream.write(text.encode())
+        def directed() -> list[dict[str, Any]]:
+            return [{**record, "direction": int(name[0])} for record in compute()]
+
+        records: list[dict[str, Any]] = kept_result(
+            self.work / f"{name}.json", self.identity, directed
+        )
         return records
 
     def _base(
@@ -240,14 +236,14 @@ def study_text(
         "on the rest, and the other way round. Each test scan was seen by neither adapter nor "
         "threshold. " + _seen_text(seen, len(scans)),
         "## Dice on scans that were not adapted on",
-        _table(
+        markdown_table(
             ["", "direction 1", "direction 2", "all", "lesion F1", "ventricles", "minutes", "MB"],
             [_row(records, name) for name in contestants],
         ),
         _gain_text(scores, scans),
         "`wmh-lora adapt` predicts its own worth by cross-validation within the scans that it "
         "learns from, before it has seen any test scan:",
-        _table(
+        markdown_table(
             [
                 "direction",
                 "method",
@@ -268,7 +264,7 @@ def study_text(
             ],
         ),
         "## Every scan",
-        _table(
+        markdown_table(
             ["scan", *contestants],
             [[scan, *(f"{scores[name][scan]:.3f}" for name in contestants)] for scan in scans],
         ),
@@ -334,11 +330,6 @@ def _gain_text(scores: Mapping[str, Mapping[str, float]], scans: Sequence[str]) 
                 f" better on {int((gains > 0).sum())} of {len(scans)} scans"
             )
     return "Dice of the adapter:\n\n" + "\n".join(lines)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = (f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-    return "\n".join(lines)
 
 
 def _scans_seen(cases: Sequence[TuningCase], training_files: Path) -> int:

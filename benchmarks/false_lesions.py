@@ -19,10 +19,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from wmh_lora.data.dataset import bids_images, bids_masks
 from wmh_lora.engine import WMHInferenceEngine, load_model
-from wmh_lora.training.tune_cases import cases_of_folders
+from wmh_lora.files import image_stem
 from wmh_lora.volume import Volume
 
+NEEDED = ("wmh", "ventricles", "brain")
 PLACES = ("around a lesion", "near the ventricles", "at the surface", "elsewhere")
 AROUND_PX = 2
 NEAR_MM = 6.0
@@ -41,22 +43,18 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     engine = WMHInferenceEngine(load_model(options.model), "cpu")
     scans = {}
-    for case in cases_of_folders(options.data, options.data):
-        assert case.reference is not None
-        masks = [
-            case.reference.with_name(case.reference.name.replace("label-WMH", f"label-{name}"))
-            for name in ("WMH", "ventricles", "brain")
-        ]
-        if not all(path.is_file() for path in masks):
+    for image in bids_images(options.data):
+        paths = dict(bids_masks(options.data, image))
+        if not paths.keys() >= set(NEEDED):
             continue
-        lesion, ventricles, brain = (Volume.read(path).data > 0 for path in masks)
-        result = engine.segment(case.image)
+        lesion, ventricles, brain = (Volume.read(paths[name]).data > 0 for name in NEEDED)
+        result = engine.segment(image)
         voxel_ml = result.volume.voxel_volume_ml
         false = (result.mask > 0) & ~lesion
         places = divide(false, lesion, ventricles, brain, result.volume.spacing_mm)
         counts = [lesion.sum(), result.volume_ml / voxel_ml, *(part.sum() for part in places)]
         names = ("marked", "found", *PLACES)
-        scans[case.name] = {n: round(float(c) * voxel_ml, 2) for n, c in zip(names, counts)}
+        scans[image_stem(image)] = {n: round(float(c) * voxel_ml, 2) for n, c in zip(names, counts)}
     mean = {
         name: round(float(np.mean([scan[name] for scan in scans.values()])), 2)
         for name in ("marked", "found", *PLACES)

@@ -23,10 +23,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from wmh_lora.files import open_atomic
+
 __all__ = [
     "Timings",
     "count_flops",
+    "kept_result",
     "machine",
+    "markdown_table",
     "matmul_gflops_per_s",
     "peak_memory_mb",
     "publish",
@@ -76,6 +80,38 @@ def time_in_turns(
             run()
             seconds[name].append(time.perf_counter() - start)
     return Timings(seconds)
+
+
+# --- studies that take hours -----------------------------------------------------------------
+
+
+def kept_result(path: Path, identity: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+    """Return what an earlier run left in a JSON file, or compute it and leave it there.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    identity : mapping
+        What the result depends on; a file of another identity is replaced.
+    compute : callable
+        Makes the result, which JSON can hold.
+    """
+    if path.is_file():
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["identity"] == identity:
+            return document["result"]
+    result = compute()
+    text = json.dumps({"identity": identity, "result": result}, indent=2)
+    with open_atomic(path, overwrite=True) as stream:
+        stream.write(text.encode())
+    return result
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table in Markdown, without the line feed at its end."""
+    lines = (f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    return "\n".join(lines)
 
 
 # --- memory -----------------------------------------------------------------------------------

@@ -16,29 +16,29 @@ the study is written to ``docs/studies/model-choice.md``; what stands there unde
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from benchmarks.harness import machine
+from benchmarks.harness import kept_result, machine, markdown_table
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.evaluation.metrics import dice
 from wmh_lora.evaluation.selection import mean_interval
 from wmh_lora.files import file_sha256, open_atomic
-from wmh_lora.models.lora import add_lora, extract_lora, merge_lora
+from wmh_lora.models.lora import extract_lora, merge_lora
 from wmh_lora.models.lora_settings import LoraSettings
 from wmh_lora.models.model_file import assemble_network
 from wmh_lora.models.network import WMHNet, fuse_for_inference
 from wmh_lora.models.registry import Model, load_model
-from wmh_lora.training.adapt_learn import learn
+from wmh_lora.training.adapt_learn import Fit, learn
+from wmh_lora.training.adapt_network import free_adapter, free_all
 from wmh_lora.training.adapt_scans import WHOLE, SiteScans
 from wmh_lora.training.adapt_settings import AdaptConfig
 from wmh_lora.training.start import SettledNet
@@ -87,15 +87,9 @@ LOOKING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def learning_net(model: Path, base_weights: Path | None, what: Learning, seed: int) -> SettledNet:
     """Make a network that computes what the model does, with the chosen part free to learn."""
     net, _ = assemble_network(model, base_weights)
-    net.requires_grad_(what.everything)
-    net.adaptation = "full" if what.everything else "lora"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        add_lora(net.encoder, LoraSettings(what.ranks))
-    if what.decoder:
-        net.decoder.requires_grad_(True)
-        net.adapter.requires_grad_(True)
-    return SettledNet.of(net)
+    if what.everything:
+        return free_all(net)
+    return free_adapter(net, what.ranks, seed, decoder=what.decoder)
 
 
 def finished_model(
@@ -150,7 +144,7 @@ class _Study:
                 structures.append(scans.write_structures(found, volume, number))
             data = {**scans.data_table(structures), **config.data(WHOLE)}
 
-            def fit(steps: int, seconds: float) -> Any:
+            def fit(steps: int, seconds: float) -> Fit:
                 return learn(
                     learning_net(self.model, self.base_weights, what, self.seed),
                     base.card,
@@ -166,12 +160,12 @@ class _Study:
             seconds = 60.0 * self.minutes
             done = fit(int((seconds - probe.start_s) / probe.step_s), _LATEST * seconds)
         trained = sum(p.numel() for p in done.net.parameters() if p.requires_grad)
-        model = finished_model(self.model, self.base_weights, what, done.net)
+        engine = WMHInferenceEngine(finished_model(self.model, self.base_weights, what, done.net))
         return {
             "trained": trained,
             "steps": done.steps,
-            "dice": {case.name: _dice(WMHInferenceEngine(model), case) for case in test},
-            "other": _dice(WMHInferenceEngine(model), self.other, planes="one"),
+            "dice": {case.name: _dice(engine, case) for case in test},
+            "other": _dice(engine, self.other, planes="one"),
         }
 
     def looking(self, name: str) -> dict[str, Any]:
@@ -200,17 +194,12 @@ class _Study:
             "seed": self.seed,
         }
         kept: dict[str, dict[str, dict[str, Any]]] = {"looking": {}, "learning": {}}
-        for kind, names in (("looking", LOOKING), ("learning", LEARNING)):
-            for name in names:
-                path = self.work / f"{kind}-{name.replace(' ', '-')}.json"
-                document = json.loads(path.read_text()) if path.is_file() else {}
-                if document.get("identity") != identity:
-                    result = self.looking(name) if kind == "looking" else self.learning(name)
-                    document = {"identity": identity, "result": result}
-                    with open_atomic(path, overwrite=True) as stream:
-                        stream.write(json.dumps(document, indent=2).encode())
-                    sys.stderr.write(f"{name}: {_mean(result):.3f}\n")
-                kept[kind][name] = document["result"]
+        todo = [("looking", name, self.looking) for name in LOOKING]
+        todo += [("learning", name, self.learning) for name in LEARNING]
+        for kind, name, compute in todo:
+            path = self.work / f"{kind}-{name.replace(' ', '-')}.json"
+            kept[kind][name] = kept_result(path, identity, partial(compute, name))
+            sys.stderr.write(f"{name}: {_mean(kept[kind][name]):.3f}\n")
         return kept
 
 
@@ -258,12 +247,12 @@ def study_text(
         f"Each for {minutes:g} minutes on five scans of the cohort, tested on the other five, and "
         "the other way round. The interval is that of the difference from the base, scan by scan. "
         "The other scanner's scan is seen in one plane.",
-        _table(
+        markdown_table(
             ["trained", "parameters", "steps", "cohort, Dice", "gain (95 %)", "other scanner"], rows
         ),
         "## How to look",
         "No training. Seconds are a scan of the cohort, reading included.",
-        _table(
+        markdown_table(
             ["settings", "cohort, Dice", "gain (95 %)", "other scanner", "no lesion, mL", "s"],
             [
                 [
@@ -291,11 +280,6 @@ def _scores(found: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
     mean, (low, high) = mean_interval(gains)
     gain = "" if found is base else f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
     return [f"{_mean(found):.3f}", gain, f"{np.mean(found['other']):.3f}"]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = (f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:

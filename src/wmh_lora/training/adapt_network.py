@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +16,7 @@ from wmh_lora.models.encoders import encoder_spec
 from wmh_lora.models.lora import add_lora
 from wmh_lora.models.lora_settings import LoraSettings
 from wmh_lora.models.model_file import ModelCard, assemble_network, save_model
+from wmh_lora.models.network import WMHNet
 from wmh_lora.models.registry import Model, load_model
 from wmh_lora.models.site_adapter import (
     AdapterCard,
@@ -24,7 +26,7 @@ from wmh_lora.models.site_adapter import (
 )
 from wmh_lora.training.start import SettledNet
 
-__all__ = ["METHODS", "Base", "Method", "Record"]
+__all__ = ["METHODS", "Base", "Method", "Record", "free_adapter", "free_all"]
 
 Method = Literal["lora", "full"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -88,17 +90,8 @@ class Base:
         """
         net, card = assemble_network(self.path, self.base_weights)
         if self.method == "full":
-            net.adaptation = "full"
-            net.requires_grad_(True)
-            return SettledNet.of(net)
-        net.adaptation = "lora"
-        net.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            add_lora(net.encoder, LoraSettings(adapter_ranks(net, _targets(card.model))))
-        net.decoder.requires_grad_(True)
-        net.adapter.requires_grad_(True)
-        return SettledNet.of(net)
+            return free_all(net)
+        return free_adapter(net, adapter_ranks(net, _targets(card.model)), seed)
 
     def save(
         self, net: SettledNet, card: ModelCard, target: Path, record: Record, *, overwrite: bool
@@ -158,6 +151,39 @@ class Base:
         if self.method == "full":
             return load_model(path)
         return load_model(self.path, base_weights=self.base_weights, adapter=path)
+
+
+def free_all(net: WMHNet) -> SettledNet:
+    """Let every weight of a finished network learn."""
+    net.adaptation = "full"
+    net.requires_grad_(True)
+    return SettledNet.of(net)
+
+
+def free_adapter(
+    net: WMHNet, ranks: Mapping[str, int], seed: int, *, decoder: bool = True
+) -> SettledNet:
+    """Let low-rank updates of a finished network's encoder learn, and what is around it.
+
+    Parameters
+    ----------
+    net : WMHNet
+        Changed in place.
+    ranks : mapping
+        Rank by the layer's own name; empty for an encoder that stays as it is.
+    seed : int
+        Of the updates' starting values.
+    decoder : bool
+        Let decoder and channel adapter learn as well.
+    """
+    net.adaptation = "lora"
+    net.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        add_lora(net.encoder, LoraSettings(ranks))
+    net.decoder.requires_grad_(decoder)
+    net.adapter.requires_grad_(decoder)
+    return SettledNet.of(net)
 
 
 def _targets(config: ModelConfig) -> tuple[str, ...]:
