@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wmh_lora.config import from_dict
+from wmh_lora.config_reading import from_dict
 from wmh_lora.data.dataset import TrainingStream
 from wmh_lora.data.sources import DataConfig
 from wmh_lora.training.settings import read_run_config

@@ -15,7 +15,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from wmh_lora.config import InferenceConfig, from_dict, to_dict
+from wmh_lora.config import InferenceConfig
+from wmh_lora.config_reading import from_dict, to_dict
 from wmh_lora.models.model_file import read_model_card, rewrite_card
 from wmh_lora.training.settings import apply_overrides
 

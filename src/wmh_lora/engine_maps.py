@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from wmh_lora._version import __version__
-from wmh_lora.config import TtaMode, to_dict
+from wmh_lora.config import TtaMode
+from wmh_lora.config_reading import to_dict
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.engine_device import choose_device, choose_dtype
 from wmh_lora.engine_planes import Stack

@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 from tests.phantoms import head, write_head
 from wmh_lora import segment
 from wmh_lora.cli.main import cli
-from wmh_lora.config import InferenceConfig, ModelConfig, PreprocessConfig, to_dict
+from wmh_lora.config import InferenceConfig, ModelConfig, PreprocessConfig
+from wmh_lora.config_reading import to_dict
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.evaluation.metrics import evaluate
 from wmh_lora.models.model_file import (

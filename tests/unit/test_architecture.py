@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, int], ...] = (
     ("sizes", 0),
     ("assets", 0),
     ("assets.*", 0),
+    ("config_reading", 0),
     ("config", 1),
     ("volume*", 1),
     ("view", 2),

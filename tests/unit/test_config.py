@@ -10,14 +10,8 @@ from typing import Any
 
 import pytest
 
-from wmh_lora.config import (
-    InferenceConfig,
-    ModelConfig,
-    PreprocessConfig,
-    from_dict,
-    read_toml,
-    to_dict,
-)
+from wmh_lora.config import InferenceConfig, ModelConfig, PreprocessConfig
+from wmh_lora.config_reading import from_dict, read_toml, to_dict
 from wmh_lora.errors import ConfigError
 
 

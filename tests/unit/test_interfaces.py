@@ -15,7 +15,7 @@ import yaml  # type: ignore[import-untyped]
 from tests.processes import fresh_python
 from tools.build_boutiques import TARGET, descriptor
 from wmh_lora import __version__
-from wmh_lora.config import read_toml
+from wmh_lora.config_reading import read_toml
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERFACES = ROOT / "interfaces"

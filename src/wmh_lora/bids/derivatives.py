@@ -12,7 +12,8 @@ from typing import Any, Literal
 from wmh_lora._version import __version__
 from wmh_lora.bids.discovery import RawScan
 from wmh_lora.bids.names import DerivedFiles, derived_files, parse_name
-from wmh_lora.config import InferenceConfig, from_dict
+from wmh_lora.config import InferenceConfig
+from wmh_lora.config_reading import from_dict
 from wmh_lora.errors import ConfigError
 from wmh_lora.files import file_sha256, open_atomic
 from wmh_lora.report.html import scan_html

@@ -243,7 +243,7 @@ def _describe(name: str) -> dict[str, Any]:
     if name in ENCODERS:
         text = "no base weights: all of this encoder is trained, and is in the model file"
         return {"kind": "base encoder", "name": name, "description": text}
-    from wmh_lora.config import to_dict
+    from wmh_lora.config_reading import to_dict
     from wmh_lora.models.model_file import read_model_card
 
     path = _model_path(name)

@@ -28,7 +28,8 @@ from wmh_lora.comparators.settings import (
 )
 from wmh_lora.comparators.unet2d import UNet2d
 from wmh_lora.comparators.volumetric import build_dynunet, build_unetr, plan_network, slide
-from wmh_lora.config import InferenceConfig, ModelConfig, TtaMode, to_dict
+from wmh_lora.config import InferenceConfig, ModelConfig, TtaMode
+from wmh_lora.config_reading import to_dict
 from wmh_lora.data.slices import SliceStream
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.errors import ConfigError

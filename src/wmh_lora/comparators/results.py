@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wmh_lora.config import from_dict, to_dict
+from wmh_lora.config_reading import from_dict, to_dict
 from wmh_lora.data.manifest import Manifest, Scan
 from wmh_lora.errors import ConfigError, DataError
 from wmh_lora.evaluation.cohort import Case, Pair

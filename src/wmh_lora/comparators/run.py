@@ -25,7 +25,8 @@ from wmh_lora.comparators.results import (
 )
 from wmh_lora.comparators.scans import Fold, read_fold
 from wmh_lora.comparators.settings import ComparisonConfig
-from wmh_lora.config import InferenceConfig, TtaMode, from_dict, to_dict
+from wmh_lora.config import InferenceConfig, TtaMode
+from wmh_lora.config_reading import from_dict, to_dict
 from wmh_lora.data.manifest import Manifest, Scan, read_manifest
 from wmh_lora.data.sources import DataConfig
 from wmh_lora.data.split import read_split

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from wmh_lora.config import ModelConfig, PreprocessConfig, from_dict, read_toml
+from wmh_lora.config import ModelConfig, PreprocessConfig
+from wmh_lora.config_reading import from_dict, read_toml
 from wmh_lora.data.sources import DataConfig
 from wmh_lora.errors import ConfigError
 from wmh_lora.training.losses import LossConfig

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from wmh_lora.config import PreprocessConfig, from_dict
+from wmh_lora.config import PreprocessConfig
+from wmh_lora.config_reading import from_dict
 from wmh_lora.data.anatomy import Anatomy, head_anatomy, mni_anatomy
 from wmh_lora.data.augment import augment_crop, augment_scan, augment_t1
 from wmh_lora.data.fields import FloatArray

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wmh_lora.config import from_dict, to_dict
+from wmh_lora.config_reading import from_dict, to_dict
 from wmh_lora.errors import ConfigError, DataError
 from wmh_lora.files import file_sha256, open_atomic
 from wmh_lora.logs import Progress

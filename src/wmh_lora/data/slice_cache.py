@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wmh_lora.config import PreprocessConfig, from_dict, to_dict
+from wmh_lora.config import PreprocessConfig
+from wmh_lora.config_reading import from_dict, to_dict
 from wmh_lora.data.manifest import Scan
 from wmh_lora.data.sources import LabelledScans, read_masks
 from wmh_lora.data.synthesis import IGNORED

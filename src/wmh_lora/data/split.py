@@ -15,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from wmh_lora.config import from_dict, to_dict
+from wmh_lora.config_reading import from_dict, to_dict
 from wmh_lora.data.manifest import Manifest
 from wmh_lora.data.strata import LOAD_BANDS_ML, Person, deal, join_persons, order_by_stratum
 from wmh_lora.errors import ConfigError, DataError

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import torch
 
 from wmh_lora._version import __version__
-from wmh_lora.config import to_dict
+from wmh_lora.config_reading import to_dict
 from wmh_lora.errors import ConfigError, DataError, WeightsError
 from wmh_lora.files import write_failure
 from wmh_lora.models.base_weights import BASE_WEIGHTS

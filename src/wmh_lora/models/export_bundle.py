@@ -16,7 +16,7 @@ import numpy
 import torch
 
 from wmh_lora._version import __version__
-from wmh_lora.config import from_dict, to_dict
+from wmh_lora.config_reading import from_dict, to_dict
 from wmh_lora.errors import ConfigError, WeightsError
 from wmh_lora.models.base_weights import BASE_WEIGHTS
 from wmh_lora.models.export_runtime import TorchScriptNetwork

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from wmh_lora.config import from_dict, to_dict
+from wmh_lora.config_reading import from_dict, to_dict
 from wmh_lora.errors import ConfigError, WeightsError
 from wmh_lora.files import open_atomic
 

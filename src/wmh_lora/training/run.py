@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from wmh_lora._version import __version__
-from wmh_lora.config import InferenceConfig, from_dict, to_dict
+from wmh_lora.config import InferenceConfig
+from wmh_lora.config_reading import from_dict, to_dict
 from wmh_lora.data.dataset import build_stream
 from wmh_lora.data.slices import SliceStream
 from wmh_lora.data.sources import DataConfig, read_labelled, relative_to_root

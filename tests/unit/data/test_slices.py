@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tests.labelled_scans import write_labelled_scans
-from wmh_lora.config import PreprocessConfig, from_dict
+from wmh_lora.config import PreprocessConfig
+from wmh_lora.config_reading import from_dict
 from wmh_lora.data import slice_cache
 from wmh_lora.data.dataset import TrainingStream, build_stream
 from wmh_lora.data.slices import SliceStream, neighbours

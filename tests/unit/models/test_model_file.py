@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.processes import fresh_python
-from wmh_lora.config import InferenceConfig, ModelConfig, PreprocessConfig, to_dict
+from wmh_lora.config import InferenceConfig, ModelConfig, PreprocessConfig
+from wmh_lora.config_reading import to_dict
 from wmh_lora.errors import AdapterMismatchError, DataError, WeightsError
 from wmh_lora.models.lora import extract_lora, load_lora_into_peft
 from wmh_lora.models.model_file import (

@@ -10,7 +10,7 @@ import pytest
 
 from tests.phantoms import head
 from tests.site_scans import write_site
-from wmh_lora.config import from_dict
+from wmh_lora.config_reading import from_dict
 from wmh_lora.data.sources import DataConfig, read_labelled
 from wmh_lora.errors import DataError
 from wmh_lora.files import file_sha256

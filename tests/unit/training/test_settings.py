@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from wmh_lora.config import from_dict, to_dict
+from wmh_lora.config_reading import from_dict, to_dict
 from wmh_lora.errors import ConfigError
 from wmh_lora.models.presets import model_preset
 from wmh_lora.training.losses import LossConfig
