@@ -84,6 +84,7 @@ def paint(
     _septum(rng, image, tissue, distance_mm)
     _look_alikes_in_fluid(rng, image, tissue)
     _outside_the_brain(rng, image, tissue)
+    _scalp_fat(rng.spawn(1)[0], image, tissue)
     low, high = LESION_CONTRAST
     typical = log_uniform(rng, TYPICAL_LESION_CONTRAST - 1.0, 0.8 * (high - 1.0))
     # readers call a lesion what stands out among the subject's own lesions
@@ -247,6 +248,32 @@ def _outside_the_brain(rng: np.random.Generator, image: FloatArray, tissue: Labe
         + uniform(rng, 0.05, 0.4) * smooth_field(rng, shape, 4.0)
     )
     image[outside] *= variation[outside]
+
+
+_SCALP_FAT = (0.8, 4.0)
+"""Brightness of subcutaneous fat. In ten whole heads at 1.5 T the scalp has 1.2 times white matter
+in the median, 2.5 times at the 95th percentile of its voxels."""
+
+
+def _scalp_fat(rng: np.random.Generator, image: FloatArray, tissue: LabelArray) -> None:
+    """Lay fat under the skin: a bright layer of some millimetres, which is no lesion."""
+    if rng.random() < 0.35 or not (tissue == Tissue.SKIN).any():
+        return
+    shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
+    coarse = np.pad(tissue[::2, ::2, ::2] != Tissue.AIR, ((1, 1), (1, 1), (0, 0)))
+    # from the border of voxels of 2 mm, which is where the distance to the next one is 1 mm
+    coarse_mm = 2.0 * ndimage.distance_transform_edt(coarse)[1:-1, 1:-1] - 1.0
+    depth_mm = upsample(coarse_mm.astype(np.float32), shape)
+    thick_mm = uniform(rng, 2.0, 9.0) * np.exp(0.3 * smooth_field(rng, shape, 30.0))
+    first_mm = uniform(rng, 0.0, 2.0)
+    fat = np.isin(tissue, (Tissue.SKIN, Tissue.SOFT))
+    fat &= (depth_mm > first_mm) & (depth_mm < first_mm + thick_mm)
+    # septa, muscle and aponeurosis break it up
+    share = uniform(rng, 0.7, 1.0) + uniform(rng, 0.0, 0.4) * smooth_field(
+        rng, shape, uniform(rng, 3.0, 8.0)
+    )
+    bright = log_uniform(rng, *_SCALP_FAT)
+    image[fat] += np.clip(share[fat], 0.0, 1.0) * (bright - image[fat])
 
 
 def _add_lesions(

@@ -6,6 +6,8 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from wmh_lora.errors import AdapterMismatchError, ConfigError
 from wmh_lora.models.lora import load_lora_into_peft
 from wmh_lora.models.model_file import load_model_file, load_trained_parts
@@ -48,7 +50,8 @@ def start_from_model(net: WMHNet, config: RunConfig, base_sha256: str, path: Pat
     ----------
     net : WMHNet
         As built for training. If it takes T1 and the model does not, its T1 parameters stay as they
-        are: at zero, where they change nothing.
+        are: at zero, where they change nothing. If the model takes T1 and the network does not,
+        what T1 enters by is left out, provided that a missing T1 changes nothing.
     config : RunConfig
         What it was built from, and what it is to be shown: other ``[preprocess]`` settings than the
         model's are told in a warning.
@@ -67,11 +70,15 @@ def start_from_model(net: WMHNet, config: RunConfig, base_sha256: str, path: Pat
         If the file is absent, damaged or not a model.
     """
     card, tensors = load_model_file(path)
+    if not config.model.t1_channels and not tensors.get("adapter.t1_missing", torch.ones(1)).any():
+        tensors = {name: value for name, value in tensors.items() if "adapter.t1_" not in name}
+        card = replace(card, model=replace(card.model, t1_channels=0))
     asked = replace(config.model, t1_channels=card.model.t1_channels)
     if asked != card.model or card.model.t1_channels not in (0, config.model.t1_channels):
         raise ConfigError(
             f"training.start_from: the [model] settings are not those of {path}, which are "
-            f"{card.model}. Only t1_channels may be given to a model that has none."
+            f"{card.model}. Only t1_channels may be given to a model that has none, or be 0 where "
+            "a missing T1 changes nothing."
         )
     if card.base_sha256 != base_sha256:
         raise AdapterMismatchError(

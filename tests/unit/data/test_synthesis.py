@@ -21,7 +21,7 @@ from wmh_lora.data.lesions import (
     punctate,
     ventricle_distance,
 )
-from wmh_lora.data.painting import LESION_CONTRAST, paint, tissue_contrast
+from wmh_lora.data.painting import LESION_CONTRAST, _scalp_fat, paint, tissue_contrast
 from wmh_lora.data.synthesis import IGNORED, STRUCTURES, demo_case, synthesize
 
 
@@ -102,6 +102,26 @@ def test_flair_contrast_keeps_its_order() -> None:
         assert mean[Tissue.WHITE_MATTER] == 1.0
         assert mean[Tissue.VENTRICLE] < 0.6, "fluid is dark"
         assert mean[Tissue.CORTEX] > 1.0, "grey matter is not darker than white"
+
+
+def test_fat_lies_between_skin_and_skull_alone() -> None:
+    away_mm = np.sqrt(sum((np.indices((90, 90, 90)) - 44.5) ** 2))
+    tissue = np.full(away_mm.shape, Tissue.AIR, dtype=np.uint8)
+    shells = ((42, Tissue.SKIN), (39, Tissue.SOFT), (30, Tissue.BONE), (25, Tissue.WHITE_MATTER))
+    for radius_mm, name in shells:
+        tissue[away_mm < radius_mm] = name
+    brightest, outer, inner = [], [], []
+    for seed in range(12):
+        image = np.ones(tissue.shape, dtype=np.float32)
+        _scalp_fat(np.random.default_rng(seed), image, tissue)
+        changed = image != 1.0
+        brightest.append(image.max())
+        assert set(np.unique(tissue[changed])) <= {Tissue.SKIN, Tissue.SOFT}
+        outer.append(changed[(away_mm >= 41) & (away_mm < 42)].mean())
+        inner.append(changed[(away_mm >= 39) & (away_mm < 40)].mean())
+    assert sum(value == 1.0 for value in brightest) in range(1, 9), "some heads have none"
+    assert max(brightest) > 2.5
+    assert np.mean(outer) < 0.7 * np.mean(inner), "skin stays as it is"
 
 
 def test_lesions_keep_to_the_brain_and_bands_to_the_ventricles() -> None:

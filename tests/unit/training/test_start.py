@@ -42,6 +42,26 @@ def test_a_network_with_t1_begins_as_the_model_without(finished: Path) -> None:
     torch.testing.assert_close(net(flair, t1), expected, rtol=0, atol=0)
 
 
+def test_a_network_without_t1_begins_as_the_model_with_t1_is_without(
+    finished: Path, tmp_path: Path
+) -> None:
+    both = build_network(BOTH, None, for_training=True, seed=2)
+    start_from_model(both, RunConfig(BOTH), "", finished)
+    torch.nn.init.normal_(both.adapter.t1_stem.weight)
+    path = tmp_path / "both.safetensors"
+    card = ModelCard("both", BOTH, PreprocessConfig(), InferenceConfig(), base_sha256="")
+    save_model(path, both, card)
+    net = build_network(FLAIR, None, for_training=True, seed=3)
+    start_from_model(net, RunConfig(FLAIR), "", path)
+    flair = torch.rand(2, 3, 64, 64)
+    expected = assemble_network(finished)[0](flair)
+    torch.testing.assert_close(net.eval()(flair), expected, rtol=0, atol=0)
+    torch.nn.init.normal_(both.adapter.t1_missing)  # FLAIR alone is no longer what it was
+    save_model(path, both, card, overwrite=True)
+    with pytest.raises(ConfigError, match="be 0 where a missing T1 changes nothing"):
+        start_from_model(net, RunConfig(FLAIR), "", path)
+
+
 def test_training_t1_alone_changes_nothing_without_it(finished: Path) -> None:
     net = build_network(BOTH, None, for_training=True, seed=2)
     start_from_model(net, RunConfig(BOTH), "", finished)
