@@ -62,9 +62,9 @@ bench: install ## all benchmarks, JSON in runs/bench; needs a quiet machine, tak
 	$(BIN)/python -m benchmarks.training --json runs/bench/training.json --markdown runs/bench/training.md
 	$(BIN)/python -m benchmarks.evaluation --json runs/bench/evaluation.json --markdown runs/bench/evaluation.md
 
-train: install ## train the packaged model again: make train DATA=folder
+train: install ## train the default model again: make train DATA=folder
 	@test -n "$(DATA)" || { echo "name the folder of the training data: make train DATA=../shared/data" >&2; exit 2; }
-	$(BIN)/wmh-lora train v1 --set data.root="$(DATA)" -o runs/v1
+	$(BIN)/wmh-lora train compact-synthetic --set data.root="$(DATA)" -o runs/compact
 
 clean: ## remove build products, caches and the demo's output; keep .venv and runs
 	rm -rf build dist site demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
