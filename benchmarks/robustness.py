@@ -2,8 +2,9 @@
 
     python -m benchmarks.robustness FLAIR.nii.gz [--reference MASK.nii.gz] [--model NAME|FILE]
 
-Segments the scan as it is and after each change of `CHANGES`: monotone intensity curves, coil
-sensitivity, blur, noise, slice drift, clipping. Prints, as JSON on stdout, the Dice of each mask
+Segments the scan as it is and after each change of `CHANGES` and `SCALPS`: monotone intensity
+curves, coil sensitivity, blur, noise, slice drift, clipping; a brighter scalp, and none. Prints, as
+JSON on stdout, the Dice of each mask
 with the mask of the unchanged scan, the volumes, and with a reference the Dice with that. A model
 that is invariant to its scanner keeps the first near 1.
 """
@@ -15,6 +16,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,7 @@ from wmh_lora.evaluation.metrics import dice
 from wmh_lora.volume import Volume
 
 FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
 SEED = 42
 
 
@@ -95,6 +98,17 @@ CHANGES: Mapping[str, Callable[[Volume], FloatArray]] = {
     "clipped at 99 %": _clip,
 }
 
+SCALPS: Mapping[str, float] = {"scalp 3 times as bright": 3.0, "without scalp": 0.0}
+"""By what to multiply all that lies more than `_MARGIN_MM` outside the brain of the unchanged scan:
+fat that is not suppressed, and a generous brain extraction."""
+
+_MARGIN_MM = 3.0
+
+
+def _scalp(volume: Volume, brain: BoolArray, gain: float) -> FloatArray:
+    outside_mm = ndimage.distance_transform_edt(~brain, sampling=volume.spacing_mm)
+    return np.where(outside_mm > _MARGIN_MM, volume.data * np.float32(gain), volume.data)
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the comparison and print it."""
@@ -112,11 +126,13 @@ def main(arguments: list[str] | None = None) -> None:
         reference = Volume.read(options.reference, allow_constant=True).data == 1
     unchanged = engine.segment(scan)
     base = np.asarray(unchanged.mask > 0)
+    changes = {name: partial(change, scan) for name, change in CHANGES.items()}
+    if "brain" in unchanged.structure_masks:
+        brain = unchanged.structure_masks["brain"] > 0
+        changes |= {name: partial(_scalp, scan, brain, gain) for name, gain in SCALPS.items()}
     rows = []
-    for name, change in {"unchanged": lambda v: v.data, **CHANGES}.items():
-        result = (
-            unchanged if name == "unchanged" else engine.segment(replace(scan, data=change(scan)))
-        )
+    for name, change in {"unchanged": None, **changes}.items():
+        result = engine.segment(replace(scan, data=change())) if change else unchanged
         mask = np.asarray(result.mask > 0)
         row: dict[str, str | float] = {"change": name}
         row["dice_with_unchanged"] = round(dice(mask, base), 4)
