@@ -26,6 +26,7 @@ from wmh_lora.volume import Volume
 
 NEEDED = ("wmh", "ventricles", "brain")
 PLACES = ("around a lesion", "near the ventricles", "at the surface", "elsewhere")
+FIGURES = ("marked", "found", *PLACES)
 AROUND_PX = 2
 NEAR_MM = 6.0
 SURFACE_MM = 12.0
@@ -53,11 +54,11 @@ def main(arguments: list[str] | None = None) -> None:
         false = (result.mask > 0) & ~lesion
         places = divide(false, lesion, ventricles, brain, result.volume.spacing_mm)
         counts = [lesion.sum(), result.volume_ml / voxel_ml, *(part.sum() for part in places)]
-        names = ("marked", "found", *PLACES)
-        scans[image_stem(image)] = {n: round(float(c) * voxel_ml, 2) for n, c in zip(names, counts)}
+        scans[image_stem(image)] = {
+            name: round(float(count) * voxel_ml, 2) for name, count in zip(FIGURES, counts)
+        }
     mean = {
-        name: round(float(np.mean([scan[name] for scan in scans.values()])), 2)
-        for name in ("marked", "found", *PLACES)
+        name: round(float(np.mean([scan[name] for scan in scans.values()])), 2) for name in FIGURES
     }
     document = {"model": engine.model_description, "mean_ml": mean, "scans_ml": scans}
     sys.stdout.write(json.dumps(document, indent=2) + "\n")

@@ -194,9 +194,9 @@ class _Study:
             "seed": self.seed,
         }
         kept: dict[str, dict[str, dict[str, Any]]] = {"looking": {}, "learning": {}}
-        todo = [("looking", name, self.looking) for name in LOOKING]
-        todo += [("learning", name, self.learning) for name in LEARNING]
-        for kind, name, compute in todo:
+        parts = [("looking", name, self.looking) for name in LOOKING]
+        parts += [("learning", name, self.learning) for name in LEARNING]
+        for kind, name, compute in parts:
             path = self.work / f"{kind}-{name.replace(' ', '-')}.json"
             kept[kind][name] = kept_result(path, identity, partial(compute, name))
             sys.stderr.write(f"{name}: {_mean(kept[kind][name]):.3f}\n")

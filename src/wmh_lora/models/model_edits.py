@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from wmh_lora.errors import ConfigError
 from wmh_lora.models.model_file import MODEL_FILE
 from wmh_lora.models.tensor_file import storable
 
-__all__ = ["carry_t1", "rescale_logits", "scale_t1"]
+__all__ = ["T1_PARTS", "carry_t1", "rescale_logits", "scale_t1", "t1_comes_off"]
+
+T1_PARTS = "adapter.t1_"
+"""What the names of all tensors begin with that a T1 enters by."""
 
 
 def rescale_logits(
@@ -131,8 +137,14 @@ def carry_t1(
         raise ConfigError(
             f"{path} must take no T1, and its [model] settings be those of {source} but for that."
         )
-    if others["adapter.t1_missing"].any():
+    if not t1_comes_off(others):
         raise ConfigError(f"{source} was trained with and without T1: its parts do not come apart.")
-    added = {name: tensor for name, tensor in others.items() if name.startswith("adapter.t1_")}
+    added = {name: tensor for name, tensor in others.items() if name.startswith(T1_PARTS)}
     card = replace(card, model=other.model)
     MODEL_FILE.write(target, storable({**tensors, **added}, target), card, overwrite=overwrite)
+
+
+def t1_comes_off(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a model file's tensors have parts for T1 that change nothing where it is missing."""
+    missing = tensors.get(f"{T1_PARTS}missing")
+    return missing is not None and not missing.any()

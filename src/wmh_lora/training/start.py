@@ -6,10 +6,9 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from wmh_lora.errors import AdapterMismatchError, ConfigError
 from wmh_lora.models.lora import load_lora_into_peft
+from wmh_lora.models.model_edits import T1_PARTS, t1_comes_off
 from wmh_lora.models.model_file import load_model_file, load_trained_parts
 from wmh_lora.models.network import WMHNet
 from wmh_lora.training.settings import RunConfig
@@ -70,8 +69,8 @@ def start_from_model(net: WMHNet, config: RunConfig, base_sha256: str, path: Pat
         If the file is absent, damaged or not a model.
     """
     card, tensors = load_model_file(path)
-    if not config.model.t1_channels and not tensors.get("adapter.t1_missing", torch.ones(1)).any():
-        tensors = {name: value for name, value in tensors.items() if "adapter.t1_" not in name}
+    if not config.model.t1_channels and t1_comes_off(tensors):
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(T1_PARTS)}
         card = replace(card, model=replace(card.model, t1_channels=0))
     asked = replace(config.model, t1_channels=card.model.t1_channels)
     if asked != card.model or card.model.t1_channels not in (0, config.model.t1_channels):
