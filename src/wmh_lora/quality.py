@@ -191,6 +191,7 @@ def assess_quality(
     threshold: float,
     structure_masks: Mapping[str, NDArray[Any]],
     uncertainty: NDArray[Any] | None = None,
+    measures: ScanMeasures | None = None,
 ) -> QualityReport:
     """Check a scan and what was found in it.
 
@@ -207,6 +208,8 @@ def assess_quality(
         are absent.
     uncertainty : array (I, J, K), optional
         Standard deviation of the probability over the views.
+    measures : ScanMeasures, optional
+        What `measure_scan` found in this scan; it is measured here otherwise.
 
     Returns
     -------
@@ -224,7 +227,7 @@ def assess_quality(
     if uncertainty is not None:
         maps["uncertainty"] = uncertainty
     check_grid(volume.shape, maps)
-    measures = measure_scan(volume)
+    measures = measures or measure_scan(volume)
     brain = find_brain(structure_masks, volume.affine)
     ventricles = find_ventricles(structure_masks, volume.affine, brain.mask)
     lesion_ml = int(np.count_nonzero(mask)) * volume.voxel_volume_ml

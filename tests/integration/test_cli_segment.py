@@ -69,6 +69,22 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 class TestOneScan:
+    def test_measures_the_scan_once_and_ahead(
+        self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scan = tmp_path / "sub-01_FLAIR.nii.gz"
+        write_head(scan)
+        expected = WMHInferenceEngine(brightness_model(), "cpu").segment(scan).quality.as_dict()
+
+        def measured_again(volume: Volume) -> None:
+            raise AssertionError("the scan is measured when it is read")
+
+        monkeypatch.setattr("wmh_lora.quality.measure_scan", measured_again)
+        result = run("sub-01_FLAIR.nii.gz")
+        assert result.exit_code == 0, result.output
+        report = json.loads((tmp_path / "out" / "sub-01_wmh.json").read_text(encoding="utf-8"))
+        assert report["quality"] == json.loads(json.dumps(expected))
+
     @pytest.mark.parametrize(("page", "ending"), [("none", None), ("pdf", "_wmh.pdf")])
     def test_writes_the_report_that_is_asked_for(
         self, tmp_path: Path, run: Run, page: str, ending: str | None

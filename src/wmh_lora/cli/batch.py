@@ -25,6 +25,7 @@ from wmh_lora.files import open_atomic
 if TYPE_CHECKING:
     from wmh_lora.engine import OutputFiles, Segmentation, WMHInferenceEngine
     from wmh_lora.preprocess import Prepared
+    from wmh_lora.quality_measures import ScanMeasures
     from wmh_lora.volume import Volume
 
 __all__ = ["Done", "Outcome", "run_plan"]
@@ -54,6 +55,7 @@ class _Read:
 
     volume: Volume | None = None
     prepared: Prepared | None = None  # as soon as there is an engine that knows how
+    measures: ScanMeasures | None = None
     warnings: tuple[str, ...] = ()
     error: Exception | None = None
 
@@ -153,14 +155,19 @@ def _segment_all(scans: Sequence[Scan], options: Options, outcome: Outcome) -> N
 
 
 def _read(scan: Scan, engine: WMHInferenceEngine | None) -> _Read:
-    """Read and prepare a scan; errors are kept until it is its turn."""
+    """Read, prepare and measure a scan; errors are kept until it is its turn.
+
+    The first scan is measured while the network's packages are imported, which keeps one core busy.
+    """
+    from wmh_lora.quality_measures import measure_scan
     from wmh_lora.volume import Volume
 
     try:
         with _warnings_kept() as warnings:
             volume = Volume.read(scan.source)
             prepared = None if engine is None else engine.prepare(volume)
-        return _Read(volume, prepared, tuple(warnings))
+            measures = measure_scan(volume)
+        return _Read(volume, prepared, measures, tuple(warnings))
     except Exception as error:  # noqa: BLE001 -- told to the user in its turn
         return _Read(error=error)
 
@@ -225,7 +232,8 @@ def _segment(
             )
     except Exception as error:  # noqa: BLE001 -- told to the user in its turn
         return error
-    return replace(result, warnings=(*read.warnings, *result.warnings))
+    warnings = (*read.warnings, *result.warnings)
+    return replace(result, warnings=warnings, measures=read.measures)
 
 
 def _save(result: Segmentation, scan: Scan, options: Options) -> Done:

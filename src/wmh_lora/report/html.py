@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from datetime import date
 from typing import Any
@@ -18,6 +17,7 @@ from wmh_lora.report.html_facts import (
 )
 from wmh_lora.report.html_lesions import lesion_rows
 from wmh_lora.report.html_page import data_uri, render_page
+from wmh_lora.report.montage import png_bytes
 from wmh_lora.report.segmented import Segmented
 from wmh_lora.report.viewer import viewer_program, viewer_scene
 
@@ -63,9 +63,7 @@ def scan_html(
     lesions = lesion_rows(segmentation, regions)
     program, scene = viewer_program(), viewer_scene(segmentation)
     if picture_png is None:
-        stream = io.BytesIO()
-        segmentation.picture().save(stream, format="PNG")
-        picture_png = stream.getvalue()
+        picture_png = png_bytes(segmentation.picture())
     return render_page(
         "scan.html",
         scripts=("table.js", "scan.js"),

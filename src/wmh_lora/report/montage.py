@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from wmh_lora.evaluation.masks import OTHER_PATHOLOGY_LABEL
 from wmh_lora.view import View, choose_view
 from wmh_lora.volume import Volume
 
-__all__ = ["Frame", "choose_slices", "frame_head", "lesions_of", "montage"]
+__all__ = ["Frame", "choose_slices", "frame_head", "lesions_of", "montage", "png_bytes"]
 
 MAX_SLICES = 20
 COLUMNS = 5
 TILE_PX = 300  # of the longer side of a tile
 BAR_PX = 30
+_PNG_LEVEL = 3
 
 # Orange and sky blue of the Okabe-Ito palette, brightened: told apart by every reader, and
 # neither occurs in a grey picture.
@@ -117,6 +119,16 @@ def montage(
     tiles = [_tile(scan[i], [(m[i], c) for m, c in layers], panel) for i in indices]
     labels = [_position_label(view, volume, i) for i in indices]
     return _arrange(tiles, labels, panel, title, has_reference=reference is not None)
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """Encode a montage as PNG.
+
+    Of drawn slices, level 3 makes as small a file as the usual level 6, in half the time.
+    """
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG", compress_level=_PNG_LEVEL)
+    return stream.getvalue()
 
 
 def lesions_of(reference: NDArray[Any]) -> NDArray[np.bool_]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from wmh_lora.files import image_stem, open_atomic
 from wmh_lora.postprocess import Lesion
 from wmh_lora.quality import QualityReport, assess_quality
+from wmh_lora.quality_measures import ScanMeasures
 from wmh_lora.regions import Regions, locate_lesions
 from wmh_lora.report.extras import require
 from wmh_lora.report.saving import output_folder, saved_together
@@ -105,6 +106,8 @@ class Segmentation:
     uncertainty : float32 array (I, J, K) or None
         Standard deviation of the lesion probability over the views, in [0, 0.5]; zero where a
         slice was seen once, None for a single view.
+    measures : ScanMeasures or None
+        What `wmh_lora.quality_measures.measure_scan` found in the scan, where that was done ahead.
     """
 
     volume: Volume
@@ -117,6 +120,7 @@ class Segmentation:
     warnings: tuple[str, ...] = ()
     structure_masks: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
     uncertainty: NDArray[np.float32] | None = None
+    measures: ScanMeasures | None = None
 
     @cached_property
     def regions(self) -> Regions:
@@ -139,6 +143,7 @@ class Segmentation:
             threshold=float(self.settings["threshold"]),
             structure_masks=self.structure_masks,
             uncertainty=self.uncertainty,
+            measures=self.measures,
         )
 
     def report(self) -> dict[str, Any]:
@@ -198,7 +203,7 @@ class Segmentation:
             partial = OutputFiles(*(temporary[path] for path in files.present))
             parts = (
                 lambda: self.quality,
-                lambda: self.picture(reference).save(partial.picture),
+                lambda: partial.picture.write_bytes(self._picture_png(reference)),
                 lambda: self.regions,
                 lambda: write_nifti(partial.mask, self.mask, self.volume),
                 lambda: write_nifti(partial.probability, self.probability, self.volume),
@@ -259,6 +264,11 @@ class Segmentation:
         from wmh_lora.report.montage import montage
 
         return montage(self.volume, self.mask, title=self._title, reference=reference)
+
+    def _picture_png(self, reference: NDArray[Any] | None) -> bytes:
+        from wmh_lora.report.montage import png_bytes
+
+        return png_bytes(self.picture(reference))
 
     def plot(self, reference: NDArray[Any] | None = None, **layout: int) -> ScanFigure:
         """Draw slices with outlines as a matplotlib figure, which a notebook shows by itself.

@@ -90,6 +90,66 @@ def test_every_source_file_is_listed(stream: TrainingStream, tmp_path: Path) -> 
     }
 
 
+def write_t1(root: Path) -> Path:
+    """Lay beside the scan of `real_folder` its T1: finer, with another origin, the lesion dark."""
+    spacing_mm, origin_mm = np.array([2.5, 2.5, 3.5]), np.array([-6.0, -4.0, -3.0])
+    shape = (84, 96, 18)
+    x, y, z = (
+        (start + step * np.arange(n)).reshape([-1 if axis == k else 1 for k in range(3)]) / scale
+        for axis, (start, step, n, scale) in enumerate(
+            zip(origin_mm, spacing_mm, shape, (3.0, 3.0, 7.0), strict=True)
+        )
+    )  # in voxels of the FLAIR
+    radius = 1.1 * np.sqrt((x / 31.5 - 1) ** 2 + (y / 35.5 - 1) ** 2 + (z / 3.5 - 1) ** 2)
+    data = np.select([radius < 1.0, radius < 1.1], [200.0, 90.0], 1.0)
+    inside = [(19.5, 25.5), (29.5, 35.5), (2.5, 4.5)]
+    lesion = np.ones(shape, dtype=bool)
+    for places, (low, high) in zip((x, y, z), inside, strict=True):
+        lesion &= (places > low) & (places < high)
+    data[lesion] = 60.0
+    data += np.random.default_rng(1).normal(0.0, 2.0, shape)
+    affine = np.diag([*spacing_mm, 1.0])
+    affine[:3, 3] = origin_mm
+    path = root / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
+    volume = Volume(data.astype(np.float32), affine)
+    write_nifti(path, volume.data, volume)
+    return path
+
+
+def test_a_real_scan_s_t1_shows_the_same_place(stream: TrainingStream, tmp_path: Path) -> None:
+    t1 = write_t1(tmp_path)
+    config, shape = stream.config, stream.preprocess_config
+    with_t1 = TrainingStream(config, 7, 64, shape, STRUCTURES, t1_channels=3)
+    assert t1 in with_t1.files()
+    assert t1 not in stream.files()
+    seen = 0
+    for index in range(24):
+        sample = with_t1.item(index)
+        assert sample.t1 is not None
+        assert sample.t1.shape == (3, 64, 64)
+        assert 0.0 <= sample.t1.min() <= sample.t1.max() <= 1.0
+        lesion = sample.target[0] > 0.9
+        around = (sample.target[2] > 0.9) & (sample.target[0] < 0.1)
+        if lesion.sum() > 8:
+            seen += 1
+            assert sample.image[1][lesion].mean() > sample.image[1][around].mean()
+            assert sample.t1[1][lesion].mean() < sample.t1[1][around].mean() - 0.1
+    assert seen > 8
+
+
+def test_synthetic_scans_come_with_a_t1_where_one_is_asked_for() -> None:
+    config = DataConfig(lanes=1)
+    shape = PreprocessConfig(pixel_size_mm=3.0)
+    with_t1 = TrainingStream(config, 7, 64, shape, STRUCTURES, t1_channels=1)
+    sample = with_t1.item(0)
+    assert sample.t1 is not None
+    assert sample.t1.shape == (1, 64, 64)
+    assert sample.t1.std() > 0
+    alone = TrainingStream(config, 7, 64, shape, STRUCTURES).item(0)
+    assert alone.t1 is None
+    np.testing.assert_array_equal(alone.target, sample.target)
+
+
 def test_lanes_change_scans_at_different_times() -> None:
     stream = TrainingStream(
         DataConfig(lanes=4, crops_per_scan=8), 0, 32, PreprocessConfig(), STRUCTURES
