@@ -69,6 +69,21 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 class TestOneScan:
+    @pytest.mark.parametrize(("options", "kept"), [((), 1), (("--max-memory", "4G"), 0)])
+    def test_keeps_freed_memory_unless_that_is_limited(
+        self,
+        tmp_path: Path,
+        run: Run,
+        monkeypatch: pytest.MonkeyPatch,
+        options: tuple[str, ...],
+        kept: int,
+    ) -> None:
+        calls: list[None] = []
+        monkeypatch.setattr("wmh_lora.cli.options.keep_freed_memory", lambda: calls.append(None))
+        write_head(tmp_path / "sub-01_FLAIR.nii.gz")
+        assert run("sub-01_FLAIR.nii.gz", options=options).exit_code == 0
+        assert len(calls) == kept
+
     def test_measures_the_scan_once_and_ahead(
         self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from wmh_lora.cli.training_process import prepare_for_training
 
 if TYPE_CHECKING:
     from wmh_lora.training.adapt import CrossValidation
@@ -82,9 +83,7 @@ def adapt(
     settings.
     """
     started = time.monotonic()
-    # As in `wmh-lora train`: before torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    prepare_for_training()
     import torch
 
     from wmh_lora.logs import progress_bar

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from wmh_lora.cli.errors import EXIT_INPUT, describe_error
+from wmh_lora.cli.training_process import prepare_for_training
 from wmh_lora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,9 +106,7 @@ def compare(
 
     Exit code: 0 all done; 1 some masks failed or were unpaired, the rest is done; 2 wrong usage.
     """  # noqa: D301 -- \b keeps click from joining the lines of the list
-    # before torch is loaded, see `wmh_lora.cli.train`
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    prepare_for_training()
     from wmh_lora.logs import configure_logging
 
     configure_logging(verbose=not sys.stderr.isatty())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from wmh_lora.cli.imports import without_collection
 from wmh_lora.errors import ConfigError
+from wmh_lora.models.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     from wmh_lora.config import PlaneMode, Precision, TtaMode
@@ -76,6 +77,8 @@ def make_engine(options: Options) -> WMHInferenceEngine:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.max_memory is None:
+        keep_freed_memory()
     device = choose_device(options.device)  # first: it fails faster than a model loads
     model = load_model(options.model, base_weights=options.base_weights, adapter=options.adapter)
     if options.backend != "torch":

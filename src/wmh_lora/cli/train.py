@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from wmh_lora.cli.training_process import prepare_for_training
+
 __all__ = ["train"]
 
 
@@ -84,11 +86,7 @@ def train(
     if show:
         click.echo(config_file.read_text(encoding="utf-8"), nl=False)
         return
-    # Must be set before torch is loaded. Threads that spin while they wait take the processor from
-    # those that they wait for: measured 4 times slower beside one other busy process.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # NumPy's products are made by the workers that draw samples, which get one core each.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    prepare_for_training()
     from wmh_lora.logs import configure_logging, progress_bar
     from wmh_lora.training.run import train as run_training
     from wmh_lora.training.settings import read_run_config
