@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from wmh_lora.config_reading import from_dict
 from wmh_lora.errors import ConfigError
 from wmh_lora.files import file_sha256, open_atomic
 from wmh_lora.report.html import scan_html
+from wmh_lora.report.montage import png_bytes
 from wmh_lora.report.saving import saved_together
 from wmh_lora.report.segmented import Reported
 from wmh_lora.volume import write_nifti
@@ -169,15 +169,14 @@ def save_scan(
     report = segmentation.report()
     files = derived_files(out_dir, scan.name)
     mask_sidecar, probability_sidecar = _sidecars(scan, record, report["file_sha256"])
-    stream = io.BytesIO()
-    segmentation.picture().save(stream, format="PNG")
-    page = scan_html(segmentation, report, picture_png=stream.getvalue())
+    picture_png = png_bytes(segmentation.picture())
+    page = scan_html(segmentation, report, picture_png=picture_png)
     with saved_together(files, overwrite=overwrite) as temporary:
         # sidecars come last: a set that has them is complete
         partial = DerivedFiles(*(temporary[path] for path in files))
         write_nifti(partial.mask, segmentation.mask, segmentation.volume)
         write_nifti(partial.probability, segmentation.probability, segmentation.volume)
-        partial.picture.write_bytes(stream.getvalue())
+        partial.picture.write_bytes(picture_png)
         for path, text in (
             (partial.report, _json(report)),
             (partial.page, page),
