@@ -33,7 +33,7 @@ def _scores_of_validation_scan(
 
 
 # The least Dice on the validation scan, and the most mL where there is nothing, of each model.
-@pytest.mark.parametrize(("model", "least"), [("flair-compact-v1", 0.78), ("flair-v1", 0.68)])
+@pytest.mark.parametrize(("model", "least"), [("flair-compact-v1", 0.78), ("flair-v1", 0.72)])
 def test_validation_scan(shared_data: Path, model: str, least: float) -> None:
     scores = _scores_of_validation_scan(shared_data, model=model)
     print(f"\nsub-26, {model}: {scores}")  # noqa: T201 -- documentation quotes the figure
@@ -46,7 +46,7 @@ def test_a_t1_beside_the_validation_scan_does_no_harm(shared_data: Path) -> None
     assert scores.dice >= 0.78
 
 
-@pytest.mark.parametrize(("model", "most_ml"), [("flair-compact-v1", 0.5), ("flair-v1", 1.5)])
+@pytest.mark.parametrize(("model", "most_ml"), [("flair-compact-v1", 0.5), ("flair-v1", 0.5)])
 def test_little_is_found_where_there_is_nothing(
     shared_data: Path, model: str, most_ml: float
 ) -> None:
