@@ -53,6 +53,7 @@ from benchmarks.inference_networks import (
 )
 from wmh_lora.engine_device import NetworkOnDevice, choose_dtype
 from wmh_lora.engine_views import VIEWS, slices_with_evidence
+from wmh_lora.models.allocator import keep_freed_memory
 from wmh_lora.models.init import init_model
 from wmh_lora.models.presets import model_preset
 from wmh_lora.preprocess import context_stack, preprocess
@@ -171,6 +172,7 @@ def _whole(model: Path, scan: Path, tta: str, started: float) -> None:
     """Run in a fresh process: what ``wmh-lora segment`` does for one scan, with the times told."""
     from wmh_lora.engine import WMHInferenceEngine, load_model
 
+    keep_freed_memory()
     imported = time.time() - started
     engine = WMHInferenceEngine(load_model(model), "cpu")
     loaded = time.time() - started
