@@ -19,7 +19,7 @@ from wmh_lora.cli.errors import describe_error
 from wmh_lora.cli.imports import without_collection
 from wmh_lora.cli.options import Options, make_engine, require_t1_backend
 from wmh_lora.cli.plan import Failure, Plan, Scan
-from wmh_lora.errors import ConfigError
+from wmh_lora.errors import ConfigError, DataError
 from wmh_lora.files import open_atomic
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ class _Read:
 
     volume: Volume | None = None
     prepared: Prepared | None = None  # as soon as there is an engine that knows how
-    measures: ScanMeasures | None = None
     warnings: tuple[str, ...] = ()
     error: Exception | None = None
 
@@ -126,7 +125,7 @@ def _segment_all(scans: Sequence[Scan], options: Options, outcome: Outcome) -> N
     none where memory is limited: each then has it to itself.
     """
     engine: WMHInferenceEngine | None = None
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(3) as threads:
 
         def aside(function: Callable[[], _T]) -> Callable[[], _T]:
             return function if options.max_memory else threads.submit(function).result
@@ -135,6 +134,7 @@ def _segment_all(scans: Sequence[Scan], options: Options, outcome: Outcome) -> N
         finish: Callable[[], None] | None = None
         for number, scan in enumerate(scans, start=1):
             read = coming()
+            measured = aside(partial(_measure, read.volume))
             if read.volume is not None and engine is None:
                 # Only now: a run without a readable scan need not wait for a model. Trouble with
                 # the model concerns every scan, so it ends the run.
@@ -142,11 +142,11 @@ def _segment_all(scans: Sequence[Scan], options: Options, outcome: Outcome) -> N
             if number < len(scans):
                 coming = aside(partial(_read, scans[number], engine))
             label = f"[{number}/{len(scans)}] {scan.name}"
-            result = _segment(engine, read, options, label)
+            result = _segment(engine, read, measured, options, label)
             if finish is not None:
                 finish()
             finish = aside(partial(_conclude, scan, result, options, outcome))
-            del read, result  # what is written need not stay
+            del read, measured, result  # what is written need not stay
             if options.max_memory:
                 finish()
                 finish = None
@@ -155,21 +155,29 @@ def _segment_all(scans: Sequence[Scan], options: Options, outcome: Outcome) -> N
 
 
 def _read(scan: Scan, engine: WMHInferenceEngine | None) -> _Read:
-    """Read, prepare and measure a scan; errors are kept until it is its turn.
-
-    The first scan is measured while the network's packages are imported, which keeps one core busy.
-    """
-    from wmh_lora.quality_measures import measure_scan
+    """Read and prepare a scan; errors are kept until it is its turn."""
     from wmh_lora.volume import Volume
 
     try:
         with _warnings_kept() as warnings:
             volume = Volume.read(scan.source)
             prepared = None if engine is None else engine.prepare(volume)
-            measures = measure_scan(volume)
-        return _Read(volume, prepared, measures, tuple(warnings))
+        return _Read(volume, prepared, tuple(warnings))
     except Exception as error:  # noqa: BLE001 -- told to the user in its turn
         return _Read(error=error)
+
+
+def _measure(volume: Volume | None) -> ScanMeasures | None:
+    """Measure a scan for its quality checks; None if there is nothing to measure.
+
+    Of the first scan this goes on while the network's packages are imported, on one core.
+    """
+    from wmh_lora.quality_measures import measure_scan
+
+    try:
+        return None if volume is None else measure_scan(volume)
+    except DataError:  # the engine says what is wrong with it
+        return None
 
 
 def _conclude(
@@ -213,7 +221,11 @@ def _files_of(scan: Scan, options: Options) -> OutputFiles:
 
 
 def _segment(
-    engine: WMHInferenceEngine | None, read: _Read, options: Options, label: str
+    engine: WMHInferenceEngine | None,
+    read: _Read,
+    measured: Callable[[], ScanMeasures | None],
+    options: Options,
+    label: str,
 ) -> Segmentation | Exception:
     """Segment a scan, or return what stopped it."""
     from wmh_lora.logs import progress_bar
@@ -233,7 +245,7 @@ def _segment(
     except Exception as error:  # noqa: BLE001 -- told to the user in its turn
         return error
     warnings = (*read.warnings, *result.warnings)
-    return replace(result, warnings=warnings, measures=read.measures)
+    return replace(result, warnings=warnings, measures=measured())
 
 
 def _save(result: Segmentation, scan: Scan, options: Options) -> Done:
