@@ -21,6 +21,7 @@ from tests.phantoms import BrightnessNet, brightness_model, head, write_head
 from wmh_lora.cli.main import cli
 from wmh_lora.engine import Segmentation, WMHInferenceEngine
 from wmh_lora.errors import DeviceError, WeightsError
+from wmh_lora.quality_measures import ScanMeasures, measure_scan
 from wmh_lora.volume import Volume
 
 ENDINGS = (
@@ -92,13 +93,35 @@ class TestOneScan:
         expected = WMHInferenceEngine(brightness_model(), "cpu").segment(scan).quality.as_dict()
 
         def measured_again(volume: Volume) -> None:
-            raise AssertionError("the scan is measured when it is read")
+            raise AssertionError("the scan is measured beside the network")
 
         monkeypatch.setattr("wmh_lora.quality.measure_scan", measured_again)
         result = run("sub-01_FLAIR.nii.gz")
         assert result.exit_code == 0, result.output
         report = json.loads((tmp_path / "out" / "sub-01_wmh.json").read_text(encoding="utf-8"))
         assert report["quality"] == json.loads(json.dumps(expected))
+
+    @pytest.mark.parametrize("options", [(), ("--max-memory", "4G")])
+    def test_trouble_with_measuring_one_scan_does_not_stop_the_next(
+        self,
+        tmp_path: Path,
+        run: Run,
+        monkeypatch: pytest.MonkeyPatch,
+        options: tuple[str, ...],
+    ) -> None:
+        def measure(volume: Volume) -> ScanMeasures:
+            if volume.path is not None and volume.path.name == "sub-01_FLAIR.nii.gz":
+                raise RuntimeError("measuring went wrong")
+            return measure_scan(volume)
+
+        monkeypatch.setattr("wmh_lora.quality_measures.measure_scan", measure)
+        for name in ("sub-01_FLAIR.nii.gz", "sub-02_FLAIR.nii.gz"):
+            write_head(tmp_path / name)
+        result = run("sub-01_FLAIR.nii.gz", "sub-02_FLAIR.nii.gz", options=options)
+        assert result.exit_code == 1
+        assert "measuring went wrong" in result.output
+        assert outputs_of("sub-02") <= names(tmp_path / "out")
+        assert not outputs_of("sub-01") & names(tmp_path / "out")
 
     @pytest.mark.parametrize(("page", "ending"), [("none", None), ("pdf", "_wmh.pdf")])
     def test_writes_the_report_that_is_asked_for(

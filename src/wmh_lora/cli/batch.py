@@ -19,7 +19,7 @@ from wmh_lora.cli.errors import describe_error
 from wmh_lora.cli.imports import without_collection
 from wmh_lora.cli.options import Options, make_engine, require_t1_backend
 from wmh_lora.cli.plan import Failure, Plan, Scan
-from wmh_lora.errors import ConfigError, DataError
+from wmh_lora.errors import ConfigError
 from wmh_lora.files import open_atomic
 
 if TYPE_CHECKING:
@@ -168,16 +168,13 @@ def _read(scan: Scan, engine: WMHInferenceEngine | None) -> _Read:
 
 
 def _measure(volume: Volume | None) -> ScanMeasures | None:
-    """Measure a scan for its quality checks; None if there is nothing to measure.
+    """Measure a scan for its quality checks, if there is one.
 
     Of the first scan this goes on while the network's packages are imported, on one core.
     """
     from wmh_lora.quality_measures import measure_scan
 
-    try:
-        return None if volume is None else measure_scan(volume)
-    except DataError:  # the engine says what is wrong with it
-        return None
+    return None if volume is None else measure_scan(volume)
 
 
 def _conclude(
@@ -242,10 +239,10 @@ def _segment(
                 progress=lambda done, total: progress(done, total, label),
                 **options.inference,
             )
+        warnings = (*read.warnings, *result.warnings)
+        return replace(result, warnings=warnings, measures=measured())
     except Exception as error:  # noqa: BLE001 -- told to the user in its turn
         return error
-    warnings = (*read.warnings, *result.warnings)
-    return replace(result, warnings=warnings, measures=measured())
 
 
 def _save(result: Segmentation, scan: Scan, options: Options) -> Done:
