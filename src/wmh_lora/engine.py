@@ -222,8 +222,11 @@ class WMHInferenceEngine:
         with collect_warnings() as warnings:
             volume = as_volume(path_or_volume)
             prepared = prepared or self.prepare(volume)
-            second = None if t1 is None else self.prepare_t1(t1, prepared, volume, register_t1)
-            maps = self.predict_maps(prepared, config, t1=second, progress=progress)
+            second = None if t1 is None else as_volume(t1)
+            t1_slices = None
+            if second is not None:
+                t1_slices = self.prepare_t1(second, prepared, volume, register_t1)
+            maps = self.predict_maps(prepared, config, t1=t1_slices, progress=progress)
         used = config.changed(threshold=config.threshold_of(maps.planes))
         mask, lesions = find_lesions(maps.probability, volume, used)
         return Segmentation(
@@ -243,7 +246,8 @@ class WMHInferenceEngine:
                 "min_contrast": config.min_contrast,
                 "tta": config.tta,
                 "planes": config.planes,
-                "t1": t1 is not None,
+                "t1": second is not None,
+                "register_t1": second is not None and register_t1,
                 "adaptive": config.adaptive,
                 "precision": str(choose_dtype(self.device, config.precision)).split(".")[-1],
                 "device": str(self.device),
@@ -253,6 +257,7 @@ class WMHInferenceEngine:
             warnings=tuple(warnings),
             structure_masks=maps.structure_masks,
             uncertainty=maps.uncertainty,
+            t1_path=None if second is None else second.path,
         )
 
     def settings(self, **given: Any) -> InferenceConfig:

@@ -75,7 +75,9 @@ them. The model's own licence is named in its model card.
 """
 
 
-def settings_record(model: Mapping[str, str], inference: InferenceConfig) -> dict[str, Any]:
+def settings_record(
+    model: Mapping[str, str], inference: InferenceConfig, *, t1_registered: bool = False
+) -> dict[str, Any]:
     """Collect what decides a mask beside the scan, as sidecars record it.
 
     Parameters
@@ -84,6 +86,8 @@ def settings_record(model: Mapping[str, str], inference: InferenceConfig) -> dic
         Name, sha256, base_encoder and base_sha256, from `wmh_lora.models.registry.Model.describe`.
     inference : InferenceConfig
         As used. What changes memory and speed alone is left out.
+    t1_registered : bool
+        Whether T1s were moved to where their FLAIRs are.
     """
     return {
         "Threshold": inference.threshold,
@@ -102,6 +106,7 @@ def settings_record(model: Mapping[str, str], inference: InferenceConfig) -> dic
             "BaseEncoderSHA256": model["base_sha256"],
         },
         "SoftwareVersion": __version__,
+        **({"T1Registered": True} if t1_registered else {}),
     }
 
 
@@ -127,7 +132,8 @@ def results_state(out_dir: Path, scan: RawScan, record: Mapping[str, Any]) -> St
     present = [path for path in files if os.path.lexists(path)]
     if not present:
         return "absent"
-    expected = _sidecars(scan, record, _sha256(scan.source))
+    t1_sha256 = None if scan.t1 is None else _sha256(scan.t1)
+    expected = _sidecars(scan, record, _sha256(scan.source), t1_sha256)
     written = (_read_sidecar(files.mask_sidecar), _read_sidecar(files.probability_sidecar))
     if any(found is not None and found != wanted for found, wanted in zip(written, expected)):
         return "different"
@@ -168,7 +174,9 @@ def save_scan(
     """
     report = segmentation.report()
     files = derived_files(out_dir, scan.name)
-    mask_sidecar, probability_sidecar = _sidecars(scan, record, report["file_sha256"])
+    mask_sidecar, probability_sidecar = _sidecars(
+        scan, record, report["file_sha256"], report["t1_sha256"]
+    )
     picture_png = png_bytes(segmentation.picture())
     page = scan_html(segmentation, report, picture_png=picture_png)
     with saved_together(files, overwrite=overwrite) as temporary:
@@ -218,24 +226,39 @@ def save_segmentation(
         inference = inference.changed(
             threshold=thresholds["one_plane"], threshold_three_planes=thresholds["three_planes"]
         )
+    scan = RawScan(root, source.relative_to(root), name, _t1_below(root, segmentation))
     raw = _read_sidecar(root / "dataset_description.json") or {}
     out_dir.mkdir(parents=True, exist_ok=True)
     write_dataset_files(out_dir, root, raw)
-    scan = RawScan(root, source.relative_to(root), name)
-    record = settings_record(segmentation.model, inference)
+    record = settings_record(
+        segmentation.model, inference, t1_registered=settings.get("register_t1", False)
+    )
     save_scan(segmentation, scan, out_dir, record, overwrite=overwrite)
     return derived_files(out_dir, name).mask
 
 
+def _t1_below(root: Path, segmentation: Reported) -> Path | None:
+    """Path of the T1 within the data set, if one was used."""
+    if not segmentation.settings.get("t1"):
+        return None
+    path = segmentation.t1_path and segmentation.t1_path.resolve()
+    if path is None or root not in path.parents:
+        raise ConfigError(
+            f"The T1 ({path or 'an image in memory'}) is no file of the data set {root}, so the "
+            "sidecars cannot name it; write the results with save()."
+        )
+    return path.relative_to(root)
+
+
 def _sidecars(
-    scan: RawScan, record: Mapping[str, Any], source_sha256: str
+    scan: RawScan, record: Mapping[str, Any], source_sha256: str, t1_sha256: str | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sidecars of mask and probability map; they hold no results, so a rerun can compare them."""
     common = {
         "Type": "Lesion",
         "Sources": scan.uris,
         "SourceSHA256": source_sha256,
-        **({} if scan.t1 is None else {"T1SHA256": _sha256(scan.t1)}),
+        **({} if t1_sha256 is None else {"T1SHA256": t1_sha256}),
         "SpatialReference": "orig",
         "Manual": False,
         **record,

@@ -134,9 +134,7 @@ def _plan(
     """Leave out what is finished, and refuse what would replace other results unasked."""
     from wmh_lora.bids.derivatives import results_state, settings_record
 
-    record = settings_record(model, inference)
-    if options.inference.register_t1:
-        record["T1Registered"] = True
+    record = settings_record(model, inference, t1_registered=options.inference.register_t1)
     tasks, different = [], []
     for scan in scans:
         state = results_state(options.out_dir, scan, record)

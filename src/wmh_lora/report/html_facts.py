@@ -289,11 +289,14 @@ def setting_rows(report: Mapping[str, Any], analysed_on: date) -> list[tuple[str
         ("Voxel size", f"{_times(f'{mm:.2f}' for mm in grid['spacing_mm'])} mm"),
     ]
     if settings.get("t1"):
-        rows.append(("T1", "used beside the FLAIR"))
+        moved = ", registered to the FLAIR" if settings.get("register_t1") else ""
+        rows.append(("T1", f"{report.get('t1_file') or 'not from a file'}{moved}"))
     if "precision" in settings:
         rows.append(("Precision", str(settings["precision"])))
     if report.get("file_sha256"):
         rows.append(("SHA-256 of the file", str(report["file_sha256"])))
+    if report.get("t1_sha256"):
+        rows.append(("SHA-256 of the T1", str(report["t1_sha256"])))
     return rows
 
 

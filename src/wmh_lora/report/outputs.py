@@ -108,6 +108,8 @@ class Segmentation:
         slice was seen once, None for a single view.
     measures : ScanMeasures or None
         What `wmh_lora.quality_measures.measure_scan` found in the scan, where that was done ahead.
+    t1_path : Path or None
+        File of the T1 that was shown beside the FLAIR, if there was one and it came from a file.
     """
 
     volume: Volume
@@ -121,6 +123,7 @@ class Segmentation:
     structure_masks: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
     uncertainty: NDArray[np.float32] | None = None
     measures: ScanMeasures | None = None
+    t1_path: Path | None = None
 
     @cached_property
     def regions(self) -> Regions:
@@ -150,6 +153,7 @@ class Segmentation:
         """Return the content of ``<stem>_wmh.json``, see `wmh_lora.report.tables.scan_report`."""
         return scan_report(
             volume=self.volume,
+            t1_path=self.t1_path,
             lesions=self.lesions,
             volume_ml=self.volume_ml,
             settings=self.settings,
@@ -241,8 +245,8 @@ class Segmentation:
         Raises
         ------
         ConfigError
-            If the scan was not read from a file with a BIDS name within ``raw_dir``, or
-            ``out_dir`` holds another data set.
+            If the scan was not read from a file with a BIDS name within ``raw_dir``, its T1 from
+            no file within it, or ``out_dir`` holds another data set.
         DataError
             If results exist and ``overwrite`` is not set, or if they cannot be written.
         """

@@ -7,6 +7,7 @@ class writes them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,6 +55,10 @@ class Reported(Segmented, Protocol):
     @property
     def model(self) -> Mapping[str, Any]:
         """What identifies the model."""
+
+    @property
+    def t1_path(self) -> Path | None:
+        """File of the T1 that was shown beside the FLAIR."""
 
     def report(self) -> dict[str, Any]:
         """Return the content of ``<stem>_wmh.json``."""

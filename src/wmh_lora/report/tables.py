@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from nibabel.orientations import aff2axcodes
@@ -92,6 +93,7 @@ def scan_report(
     warnings: Sequence[str] = (),
     regions: Regions | None = None,
     quality: QualityReport | None = None,
+    t1_path: Path | None = None,
 ) -> dict[str, Any]:
     """Collect what ``<stem>_wmh.json`` says about one scan.
 
@@ -113,21 +115,25 @@ def scan_report(
         Where the lesions are; without it there is no key of that name.
     quality : QualityReport, optional
         Checks of scan and result; without it there is no key of that name.
+    t1_path : Path, optional
+        File of the T1 that was shown beside the scan.
 
     Returns
     -------
     dict
         JSON-ready; the same scan and settings give the same report.
     """
-    name, digest = None, None
-    if volume.path is not None:
-        name, digest = volume.path.name, file_sha256(volume.path)
-        # a report is passed on; where the scan lay on somebody's disk is not
-        warnings = [text.replace(str(volume.path), name) for text in warnings]
+    name, digest = _name_and_sha256(volume.path)
+    t1_name, t1_digest = _name_and_sha256(t1_path)
+    for path in (volume.path, t1_path):
+        if path is not None:  # a report is passed on; where a scan lay on somebody's disk is not
+            warnings = [text.replace(str(path), path.name) for text in warnings]
     report = {
         "format": REPORT_FORMAT,
         "file": name,
         "file_sha256": digest,
+        "t1_file": t1_name,
+        "t1_sha256": t1_digest,
         "wmh_volume_ml": round(volume_ml, 6),
         "lesion_count": len(lesions),
         "lesions": [lesion.to_dict() for lesion in lesions],
@@ -147,6 +153,10 @@ def scan_report(
     if quality is not None:
         report["quality"] = quality.as_dict()
     return report
+
+
+def _name_and_sha256(path: Path | None) -> tuple[str, str] | tuple[None, None]:
+    return (None, None) if path is None else (path.name, file_sha256(path))
 
 
 def cohort_row(scan: str, report: Mapping[str, Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.bids_trees import write_dataset
-from tests.phantoms import brightness_model
+from tests.phantoms import brightness_model, head, t1_model, t1_of_head
 from wmh_lora.bids.derivatives import (
     dataset_description,
     results_state,
@@ -22,6 +22,7 @@ from wmh_lora.bids.names import derived_files
 from wmh_lora.config import InferenceConfig
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.errors import ConfigError, DataError
+from wmh_lora.volume import write_nifti
 
 MODEL = brightness_model()
 RECORD = settings_record(MODEL.describe(), MODEL.card.inference)
@@ -147,6 +148,30 @@ class TestToBids:
         with pytest.raises(DataError, match="overwriting"):
             found.to_bids(tmp_path / "library")
         assert found.to_bids(tmp_path / "library", overwrite=True) == mask
+
+    def test_names_the_t1_as_the_command_does(self, tmp_path: Path, scan: RawScan) -> None:
+        flair, bright = head()
+        t1 = t1_of_head(flair, bright)
+        path = scan.source.with_name("sub-01_ses-1_run-1_T1w.nii.gz")
+        write_nifti(path, t1.data, t1)
+        engine = WMHInferenceEngine(t1_model(), "cpu")
+        engine.segment(scan.source, t1=path).to_bids(tmp_path / "library")
+        (with_t1,) = find_flairs(scan.root, with_t1=True).scans
+        record = settings_record(t1_model().describe(), t1_model().card.inference)
+        assert results_state(tmp_path / "library", with_t1, record) == "finished"
+        assert results_state(tmp_path / "library", scan, record) == "different"
+        moved = settings_record(
+            t1_model().describe(), t1_model().card.inference, t1_registered=True
+        )
+        assert results_state(tmp_path / "library", with_t1, moved) == "different"
+
+        elsewhere = tmp_path / "T1w.nii.gz"
+        elsewhere.write_bytes(path.read_bytes())
+        with pytest.raises(ConfigError, match="no file of the data set"):
+            engine.segment(scan.source, t1=elsewhere).to_bids(tmp_path / "another")
+        with pytest.raises(ConfigError, match="in memory"):
+            engine.segment(scan.source, t1=t1).to_bids(tmp_path / "another")
+        assert not (tmp_path / "another").exists()
 
     def test_says_why_a_scan_has_no_place(self, tmp_path: Path, scan: RawScan) -> None:
         engine = WMHInferenceEngine(MODEL, "cpu")

@@ -80,6 +80,16 @@ def test_report_of_a_volume_in_memory() -> None:
     found = report(Volume(np.ones((20, 20, 5), np.float32), np.eye(4)))
     assert found["file"] is None
     assert found["file_sha256"] is None
+    assert (found["t1_file"], found["t1_sha256"]) == (None, None)
+
+
+def test_report_names_the_t1_and_not_where_it_lay(volume: Volume, tmp_path: Path) -> None:
+    t1 = tmp_path / "sub-01_T1w.nii.gz"
+    t1.write_bytes(b"a T1")
+    found = report(volume, t1_path=t1, warnings=[f"{t1} covers 70 % of the head."])
+    assert found["t1_file"] == t1.name
+    assert found["t1_sha256"] == hashlib.sha256(b"a T1").hexdigest()
+    assert found["warnings"] == ["sub-01_T1w.nii.gz covers 70 % of the head."]
 
 
 def test_row_of_a_scan(volume: Volume) -> None:
