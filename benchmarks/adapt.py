@@ -5,7 +5,7 @@
 Adapts on every other scan of a labelled cohort and tests on the rest, then the other way round,
 with `wmh-lora adapt` (LoRA and decoder) and with all weights trained, in the same time. What is
 finished is kept in ``--work``: after an interruption, the same command goes on. At the end the
-study is written to ``docs/studies/adapt.md``.
+study is written to ``docs/studies/adapt.md``; what stands there under "Reading" is kept.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import kept_result, machine, markdown_table
+from benchmarks.harness import kept_result, machine, markdown_table, write_study
 from wmh_lora import __version__
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.evaluation.metrics import dice, evaluate
 from wmh_lora.evaluation.selection import mean_interval
-from wmh_lora.files import file_sha256, open_atomic
+from wmh_lora.files import file_sha256
 from wmh_lora.models.registry import Model, model_path
 from wmh_lora.training.adapt_network import METHODS, Base, Method
 from wmh_lora.training.adapt_score import DiceTable, SettingGrid
@@ -360,17 +360,15 @@ def main(arguments: list[str] | None = None) -> None:
     study = Study(cases, model, options.weights, options.minutes, options.seed, options.work)
     records = study.results()
     seen = None if options.training_files is None else _scans_seen(cases, options.training_files)
+    named = "" if options.model == "default" else " --model MODEL"
     text = study_text(
         records,
-        command=f"python -m benchmarks.adapt --minutes {options.minutes:g}",
+        command=f"python -m benchmarks.adapt{named} --minutes {options.minutes:g}",
         model=Base(model, options.weights, "lora").model().name,
         computer=machine(),
         seen=seen,
     )
-    options.markdown.parent.mkdir(parents=True, exist_ok=True)
-    with open_atomic(options.markdown, overwrite=True) as stream:
-        stream.write(text.encode())
-    sys.stdout.write(text)
+    write_study(options.markdown, text)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,10 @@ __all__ = [
     "report_peak_memory",
     "result_of_process",
     "time_in_turns",
+    "write_study",
 ]
+
+_READING = "## Reading"
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,16 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Write a table in Markdown, without the line feed at its end."""
     lines = (f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
     return "\n".join(lines)
+
+
+def write_study(path: Path, text: str) -> None:
+    """Print a study and write it to a Markdown file; what stands there under "Reading" is kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text += "".join(before.partition(f"\n{_READING}\n")[1:])
+    with open_atomic(path, overwrite=True) as stream:
+        stream.write(text.encode())
+    sys.stdout.write(text)
 
 
 # --- memory -----------------------------------------------------------------------------------

@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import kept_result, machine, markdown_table
+from benchmarks.harness import kept_result, machine, markdown_table, write_study
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.evaluation.metrics import dice
 from wmh_lora.evaluation.selection import mean_interval
-from wmh_lora.files import file_sha256, open_atomic
+from wmh_lora.files import file_sha256
 from wmh_lora.models.lora import extract_lora, merge_lora
 from wmh_lora.models.lora_settings import LoraSettings
 from wmh_lora.models.model_file import assemble_network
@@ -50,7 +50,6 @@ __all__ = ["LEARNING", "LOOKING", "Learning", "finished_model", "learning_net", 
 
 _ATTENTION, _MLP = ("qkv", "proj"), ("fc1", "fc2")
 _PROBE_STEPS = 6
-_READING = "## Reading"
 _LATEST = 1.5  # times the planned seconds, after which a training is cut off
 
 
@@ -308,12 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
         minutes=options.minutes,
         computer=machine(),
     )
-    options.markdown.parent.mkdir(parents=True, exist_ok=True)
-    before = options.markdown.read_text(encoding="utf-8") if options.markdown.is_file() else ""
-    text += "".join(before.partition(f"\n{_READING}\n")[1:])
-    with open_atomic(options.markdown, overwrite=True) as stream:
-        stream.write(text.encode())
-    sys.stdout.write(text)
+    write_study(options.markdown, text)
 
 
 if __name__ == "__main__":

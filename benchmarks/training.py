@@ -34,7 +34,7 @@ from wmh_lora.models.network import build_network
 from wmh_lora.models.presets import model_preset
 from wmh_lora.training.batches import batch_loader
 from wmh_lora.training.losses import SegmentationLoss
-from wmh_lora.training.settings import TrainingConfig, read_run_config
+from wmh_lora.training.settings import RunConfig, TrainingConfig, read_run_config
 from wmh_lora.training.trainer import Trainer
 
 WORKERS = 2
@@ -53,12 +53,12 @@ class _Sample(NamedTuple):
 class _Noise:
     """Samples that cost next to nothing to make: the overhead of the loop is what is measured."""
 
-    def __init__(self, structures: int, crop: int) -> None:
-        self.structures, self.crop = structures, crop
+    def __init__(self, structures: int, crop: int, channels: int = 3) -> None:
+        self.structures, self.crop, self.channels = structures, crop, channels
 
     def item(self, index: int) -> _Sample:
         rng = np.random.default_rng(index)
-        image = rng.random((3, self.crop, self.crop), dtype=np.float32)
+        image = rng.random((self.channels, self.crop, self.crop), dtype=np.float32)
         target = np.zeros((self.structures, self.crop, self.crop), np.float32)
         target[:, 40:60, 40:60] = 1
         return _Sample(image, target, np.ones(self.structures, np.bool_))
@@ -96,9 +96,16 @@ def _bare_steps(trainer: Trainer) -> tuple[Callable[[], None], Callable[[], None
     return gradients, step
 
 
-def _one_step(preset: str, batch_size: int) -> Callable[[], object]:
-    """One micro-batch and an optimiser step of a configuration."""
-    config = read_run_config(preset)
+def training_step(config: RunConfig, batch_size: int = 0) -> Callable[[], object]:
+    """Build one micro-batch and an optimiser step of a configuration, on random weights and noise.
+
+    Parameters
+    ----------
+    config : RunConfig
+        What is trained, and how.
+    batch_size : int
+        Instead of the configuration's; 0 for that one.
+    """
     settings = replace(
         config.training,
         batch_size=batch_size or config.training.batch_size,
@@ -109,7 +116,7 @@ def _one_step(preset: str, batch_size: int) -> Callable[[], object]:
     if settings.gradient_checkpointing:
         cast(Any, net.encoder).gradient_checkpointing = True
     structures = config.model.structures
-    stream = _Noise(len(structures), settings.crop)
+    stream = _Noise(len(structures), settings.crop, config.model.in_channels)
     trainer = Trainer(net, SegmentationLoss(structures, config.loss), stream, settings, Path())
     batches = iter(batch_loader(stream, replace(settings, workers=0), 0))
     return lambda: trainer.step(batches)
@@ -129,7 +136,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.memory_of is not None:
-        report_peak_memory(lambda: _one_step(options.memory_of, options.batch_size))
+        config = read_run_config(options.memory_of)
+        report_peak_memory(lambda: training_step(config, options.batch_size))
         return
     result = _measure(options.steps, options.turns)
     rows = [

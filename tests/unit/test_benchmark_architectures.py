@@ -1,0 +1,67 @@
+"""The study of networks: equal time, thresholds of the other scanner, a table that agrees."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.architectures import (
+    ARCHITECTURES,
+    scores_of,
+    steps_in_equal_time,
+    study_text,
+)
+from benchmarks.harness import Timings
+from benchmarks.training import training_step
+from wmh_lora.training.settings import read_run_config
+from wmh_lora.training.tune import THRESHOLDS
+
+_COMPUTER = {"cpu": "a CPU", "cores": 2, "threads": 2, "torch": "2.0"}
+
+
+def _result(cohort_best: int, other_best: int, height: float) -> dict[str, object]:
+    """Dice falls by 0.01 for every threshold away from the best."""
+    levels = np.arange(len(THRESHOLDS))
+    return {
+        "parameters": 2_000_000,
+        "steps": 400,
+        "cohort": {
+            "a": (height - 0.01 * abs(levels - cohort_best)).tolist(),
+            "b": (height + 0.1 - 0.01 * abs(levels - cohort_best)).tolist(),
+        },
+        "other": (0.7 - 0.01 * abs(levels - other_best)).tolist(),
+        "healthy_ml": (20.0 - levels).tolist(),
+    }
+
+
+def test_slower_networks_get_fewer_steps() -> None:
+    timings = Timings({"first": [1.0, 1.0, 2.0], "slow": [2.5, 2.5, 5.0], "fast": [0.5, 0.5, 1.0]})
+    assert steps_in_equal_time(timings, 400) == {"first": 400, "slow": 160, "fast": 800}
+
+
+def test_thresholds_come_from_the_other_scanner() -> None:
+    cohort, other, healthy_ml = scores_of(_result(cohort_best=4, other_best=7, height=0.5))
+    assert cohort == pytest.approx({"a": 0.47, "b": 0.57})
+    assert other == pytest.approx(0.67)
+    assert healthy_ml == 16.0
+
+
+def test_table_holds_means_gains_and_bests() -> None:
+    results = {"compact": _result(4, 7, 0.5), "another": _result(4, 4, 0.6)}
+    text = study_text(results, command="run me", computer=_COMPUTER)
+    assert "| compact | 2.0 | 400 | 0.520 |  | 0.550 | 0.670 | 0.700 | 16.0 |" in text
+    assert "| another | 2.0 | 400 | 0.650 | +0.130 (+0.130 to +0.130) | 0.650 | 0.700 |" in text
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "LiteMedSAM" not in name])
+def test_networks_are_what_their_names_say_and_can_be_trained(name: str) -> None:
+    config = read_run_config(
+        ARCHITECTURES[name].config,
+        [*ARCHITECTURES[name].overrides(300), "training.batch_size=1", "training.crop=64"],
+    )
+    assert config.model.decoder_skips == ("without skip" not in name)
+    assert config.model.in_channels == (1 if "without neighbouring" in name else 3)
+    assert config.preprocess.pixel_size_mm == (1.25 if "1.25 mm" in name else 1.0)
+    assert config.training.steps == 300
+    assert (config.data["real"], config.data["real_lanes"]) == ([], 0)
+    training_step(config)()
