@@ -230,7 +230,7 @@ def study_text(
     scores = {name: _by_scan(records, name, "dice") for name in contestants}
     scans = sorted(scores["base"])
     parts = [
-        "# Few-shot adaptation",
+        "# Study: few-shot adaptation",
         f"    {command}",
         f"Base model: {model}. {len(scans)} scans of one site; adapted on every other one, tested "
         "on the rest, and the other way round. Each test scan was seen by neither adapter nor "

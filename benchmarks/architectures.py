@@ -40,6 +40,7 @@ from wmh_lora import __version__
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.evaluation.selection import mean_interval
 from wmh_lora.evaluation.sweep import sweep
+from wmh_lora.models.allocator import keep_freed_memory
 from wmh_lora.models.registry import load_model
 from wmh_lora.training.settings import read_run_config
 from wmh_lora.training.tune import THRESHOLDS, read_reference
@@ -59,6 +60,7 @@ _SHARED = {
     "training.seed": "61",
     "training.warmup_steps": "50",
     "training.threads": "2",
+    "training.precision": "fp32",
     "training.validate_steps": "0",
     "data.real": "[]",
     "data.real_lanes": "0",
@@ -140,6 +142,7 @@ class _Study:
         return {name: self._kept(name, steps[name]) for name in ARCHITECTURES}
 
     def _steps(self) -> dict[str, int]:
+        keep_freed_memory()  # as training does
         torch.set_num_threads(int(_SHARED["training.threads"]))
         contestants = {
             name: training_step(read_run_config(each.config, each.overrides(self.first_steps)))
