@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from wmh_lora.config import InferenceConfig, PreprocessConfig, TtaMode
-from wmh_lora.engine_brain import within_brain
+from wmh_lora.engine_brain import below_skull, within_brain
 from wmh_lora.engine_contrast import without_haze
 from wmh_lora.engine_device import NetworkOnDevice, choose_device, choose_dtype, device_errors
 from wmh_lora.engine_memory import ScanSize, planes_within
@@ -453,7 +453,7 @@ class WMHInferenceEngine:
         if planes > 1:
             maps = average_planes(slices, prepared, maps, see, evidence_only=config.adaptive)
         pixel_mm = prepared.config.pixel_size_mm
-        maps = within_brain(maps, pixel_mm)
+        maps = below_skull(within_brain(maps, pixel_mm), prepared)
         return without_haze(maps, prepared.slices, pixel_mm, config.min_contrast), planes
 
     def _look(self, stack: Stack, dtype: torch.dtype) -> Look:

@@ -40,7 +40,7 @@ Map = NDArray[np.float32]
 #: Called with a set of views, steps done and steps in all.
 MapProgress = Callable[[TtaMode, int, int], None]
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 class ProbabilityMaps:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wmh_lora.engine_brain import main_brain, within_brain
+from wmh_lora.config import PreprocessConfig
+from wmh_lora.engine_brain import below_skull, main_brain, within_brain
 from wmh_lora.engine_views import SliceMaps
+from wmh_lora.preprocess import Prepared, preprocess, to_model_grid
+from wmh_lora.volume import Volume
 
 SHAPE = (9, 120, 110)
 
@@ -90,3 +93,85 @@ def test_stray_brain_goes_and_faint_brain_keeps_its_value() -> None:
 def test_without_a_brain_maps_come_back_as_they_are() -> None:
     given = SliceMaps(np.ones(SHAPE, np.float32), None, {})
     assert within_brain(given, 1.0) is given
+
+
+class TestBelowSkull:
+    """A round head of 85 mm: skin and fat for 6 mm, dark bone for 6 mm, brain of 73 mm."""
+
+    SPACING_MM = (1.0, 1.0, 6.0)
+    BRAIN_MM, BONE_MM, HEAD_MM = 73.0, 79.0, 85.0
+
+    def radius_mm(self) -> np.ndarray:
+        shape = (190, 190, 31)
+        axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, self.SPACING_MM)]
+        x, y, z = np.meshgrid(*axes, indexing="ij")
+        return np.sqrt(x**2 + y**2 + z**2)
+
+    def seen(
+        self, data: np.ndarray, brain: np.ndarray, lesion: np.ndarray
+    ) -> tuple[SliceMaps, Prepared]:
+        affine = np.diag([*self.SPACING_MM, 1.0])
+        prepared = preprocess(Volume(data.astype(np.float32), affine), PreprocessConfig())
+        on_grid = [to_model_grid(m.astype(np.float32), prepared) for m in (brain, lesion)]
+        structures = {"brain": np.where(on_grid[0] > 0.5, 200, 0).astype(np.uint8)}
+        return SliceMaps(0.9 * (on_grid[1] > 0.5), None, structures), prepared
+
+    def head(self) -> np.ndarray:
+        """Fluid in the middle, white matter, bone, fat, air; with the noise of a scan."""
+        r = self.radius_mm()
+        data = np.select(
+            [r < 12, r < self.BRAIN_MM, r < self.BONE_MM, r < self.HEAD_MM], [60, 300, 40, 500], 0
+        )
+        return data + np.random.default_rng(0).normal(0.0, 6.0, r.shape)
+
+    def lesions(self) -> tuple[np.ndarray, np.ndarray]:
+        """One just below the cortex, four millimetres deep; and scalp in the top slice of all."""
+        r = self.radius_mm()
+        inner = np.zeros(r.shape, np.bool_)
+        inner[:, :, 14:17] = (r < self.BRAIN_MM - 4)[:, :, 14:17]
+        inner[:156] = False
+        inner &= np.abs(np.arange(190) - 94.5)[None, :, None] < 8
+        flat = np.zeros(r.shape, np.bool_)
+        flat[:, :, 28] = (r < self.HEAD_MM - 2)[:, :, 28]
+        assert inner.any()
+        assert flat.any()
+        return inner, flat
+
+    def test_scalp_goes_and_a_lesion_below_the_cortex_stays(self) -> None:
+        inner, flat = self.lesions()
+        r = self.radius_mm()
+        brain = r < self.BRAIN_MM
+        brain[:, :, 27:29] = (r < self.HEAD_MM - 2)[:, :, 27:29]  # the network is deceived
+        found, prepared = self.seen(self.head(), brain, inner | flat)
+        np.testing.assert_array_equal(within_brain(found, 1.0).probability, found.probability)
+        left = below_skull(found, prepared).probability > 0
+        np.testing.assert_array_equal(left, to_model_grid(inner.astype(np.float32), prepared) > 0.5)
+
+    def test_an_extracted_brain_is_not_judged(self) -> None:
+        inner, _ = self.lesions()
+        r = self.radius_mm()
+        edge = (r < self.BRAIN_MM) & (r > self.BRAIN_MM - 4)
+        data = np.where(r < self.BRAIN_MM, self.head(), 0.0)
+        found, prepared = self.seen(data, r < self.BRAIN_MM, inner | edge)
+        assert below_skull(found, prepared) is found
+
+    def test_where_a_head_was_cut_there_is_no_skin(self) -> None:
+        top = 20
+        lesion = np.zeros(self.radius_mm().shape, np.bool_)
+        lesion[90:96, 60:66, top] = True
+        brain = self.radius_mm() < self.BRAIN_MM
+        data = self.head()
+        brain[:, :, top + 1 :], data[:, :, top + 1 :] = False, 0.0
+        found, prepared = self.seen(data, brain, lesion)
+        np.testing.assert_array_equal(below_skull(found, prepared).probability, found.probability)
+        assert found.probability.any()
+
+    def test_maps_without_a_brain_come_back(self) -> None:
+        inner, _ = self.lesions()
+        found, prepared = self.seen(self.head(), self.radius_mm() < self.BRAIN_MM, inner)
+        without = SliceMaps(found.probability, None, {})
+        assert below_skull(without, prepared) is without
+        nowhere = SliceMaps(
+            found.probability, None, {"brain": np.zeros_like(found.structures["brain"])}
+        )
+        assert below_skull(nowhere, prepared) is nowhere
