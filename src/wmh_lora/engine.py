@@ -453,7 +453,8 @@ class WMHInferenceEngine:
         if planes > 1:
             maps = average_planes(slices, prepared, maps, see, evidence_only=config.adaptive)
         pixel_mm = prepared.config.pixel_size_mm
-        maps = below_skull(within_brain(maps, pixel_mm), prepared)
+        maps = within_brain(maps, pixel_mm)
+        maps = below_skull(maps, prepared)
         return without_haze(maps, prepared.slices, pixel_mm, config.min_contrast), planes
 
     def _look(self, stack: Stack, dtype: torch.dtype) -> Look:
