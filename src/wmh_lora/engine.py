@@ -179,13 +179,14 @@ class WMHInferenceEngine:
         self.model_description: dict[str, str] = {}
         preprocess_config, self._inference = PreprocessConfig(), InferenceConfig()
         structures: tuple[str, ...] = ("wmh",)
-        self._encoder, self._t1_channels = "", 0
+        self._encoder, self._in_channels, self._t1_channels = "", 3, 0
         net: nn.Module
         if isinstance(model, Model):
             net, card = model.net, model.card
             self.model_description = model.describe()
             preprocess_config, self._inference = card.preprocess, card.inference
             structures, self._encoder = card.model.structures, card.model.encoder
+            self._in_channels = card.model.in_channels
             self._t1_channels = card.model.t1_channels
         else:
             net = model
@@ -464,7 +465,8 @@ class WMHInferenceEngine:
             t1 = None
             if stack.t1 is not None:
                 t1 = context_stack(stack, indices, self._t1_channels, slices=stack.t1)
-            return self._network.see(context_stack(stack, indices), view, dtype, t1)
+            pictures = context_stack(stack, indices, self._in_channels)
+            return self._network.see(pictures, view, dtype, t1)
 
         return look
 

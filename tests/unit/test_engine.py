@@ -367,6 +367,23 @@ class TestDevices:
             WMHInferenceEngine(Broken(), "cpu").predict(head()[0])
 
 
+@pytest.mark.parametrize("channels", [1, 5])
+def test_networks_are_shown_as_many_slices_as_they_take(channels: int) -> None:
+    class Middle(nn.Module):
+        def forward(self, slices: torch.Tensor) -> torch.Tensor:
+            assert slices.shape[1] == channels
+            logits = 40.0 * (slices[:, channels // 2, None] - 0.7)
+            return torch.cat([logits, logits * 0.0 - 20.0, logits * 0.0 + 20.0], dim=1)
+
+    flair, mask = head()
+    three = brightness_model()
+    card = replace(three.card, model=replace(three.card.model, in_channels=channels))
+    found = WMHInferenceEngine(replace(three, net=Middle(), card=card), "cpu").segment(flair)
+    expected = WMHInferenceEngine(three, "cpu").segment(flair)
+    assert found.mask[mask > 0].mean() > 0.9
+    np.testing.assert_array_equal(found.mask, expected.mask)
+
+
 class TestT1:
     def test_changes_what_the_network_sees_in_place(self) -> None:
         flair, mask = head()
