@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from wmh_lora.engine_views import EVIDENCE, STRUCTURE_LEVEL, SliceMaps
 from wmh_lora.preprocess import WHITE_MATTER_LEVEL, Prepared
+from wmh_lora.preprocess_head import fill_head
 
 __all__ = ["below_skull", "main_brain", "within_brain"]
 
@@ -69,15 +70,9 @@ def within_brain(maps: SliceMaps, pixel_size_mm: float) -> SliceMaps:
     brain = main_brain(marked > STRUCTURE_LEVEL, pixel_size_mm)
     if brain is None:
         return maps
-
-    def beyond(index: int, islands: NDArray[np.int32], count: int) -> BoolArray:
-        outside = np.ones(count + 1, dtype=np.bool_)
-        # one pixel wider: a lesion may lie in a hole of the brain
-        outside[islands[ndimage.binary_dilation(brain[index])]] = False
-        return outside
-
-    evidence = maps.probability >= EVIDENCE
-    maps = _without_islands(maps, np.any(evidence & ~brain, axis=(1, 2)), beyond)
+    # one pixel wider: a lesion may lie in a hole of the brain
+    outside = ~ndimage.binary_dilation(brain, _DISC)
+    maps = _without_islands(maps, outside, lambda there, pixels: there == pixels)
     kept = np.where(brain | (marked <= STRUCTURE_LEVEL), marked, np.uint8(0))
     return SliceMaps(maps.probability, maps.deviation, {**maps.structures, "brain": kept})
 
@@ -96,7 +91,7 @@ def below_skull(maps: SliceMaps, prepared: Prepared) -> SliceMaps:
     -------
     SliceMaps
         Where an island of evidence (`wmh_lora.engine_views.EVIDENCE` and more, within its slice)
-        has half of its pixels less than 10 mm below the skin, through the slices as well,
+        has more than half of its pixels less than 10 mm below the skin, through the slices as well,
         probability and deviation are zero. Scans whose brain comes closer to the surface, because
         it was extracted or fat is dark, are not judged.
     """
@@ -116,59 +111,46 @@ def below_skull(maps: SliceMaps, prepared: Prepared) -> SliceMaps:
     outline[areas < _MIDDLE * areas.max()] = False
     if np.median(depth_mm[outline]) < _SHOWN_MM:
         return maps
-
-    def shallow(index: int, islands: NDArray[np.int32], count: int) -> BoolArray:
-        rows, columns = np.nonzero(islands)
-        depths = depth_mm[index // through, rows // across, columns // across]
-        found = islands[rows, columns]
-        all_pixels = np.bincount(found, minlength=count + 1)
-        return np.bincount(found[depths < _SKULL_MM], minlength=count + 1) > 0.5 * all_pixels
-
-    return _without_islands(maps, np.ones(len(marked), dtype=np.bool_), shallow)
+    shallow = depth_mm < _SKULL_MM
+    for axis, step in enumerate((through, across, across)):
+        shallow = np.repeat(shallow, step, axis)
+    fitting = tuple(slice(size) for size in marked.shape)
+    return _without_islands(maps, shallow[fitting], lambda there, pixels: there > 0.5 * pixels)
 
 
 def _depth_mm(slices: FloatArray, spacing_mm: tuple[float, float, float]) -> FloatArray:
     """Distance of every pixel from what is not head, through the slices as well."""
-    head = _filled_head(slices, max(1, round(_GAP_MM / spacing_mm[1])))
+    # slices are not smoothed together, or the head would grow by one
+    head = fill_head(slices > _DARKEST_HEAD, max(1, round(_GAP_MM / spacing_mm[1])))
     areas = head.sum(axis=(1, 2))
-    for order in (slice(None), slice(None, None, -1)):
-        last = len(areas) - 1 - int(np.argmax(areas[order][::-1] > 0))
-        if areas[order][last] > _SEVERED * areas.max():
-            head[order][last + 1 :] = head[order][last]
+    present = np.flatnonzero(areas)
+    if present.size:
+        first, last = present[0], present[-1]
+        for end, beyond in ((first, slice(0, first)), (last, slice(last + 1, None))):
+            if areas[end] > _SEVERED * areas.max():
+                head[beyond] = head[end]
     aired = np.pad(head, ((0, 0), (1, 1), (1, 1)))
     depth = ndimage.distance_transform_edt(aired, spacing_mm)[:, 1:-1, 1:-1]
     return np.asarray(depth, dtype=np.float32)
 
 
-def _filled_head(slices: FloatArray, closing: int) -> BoolArray:
-    """Head with all that is dark in it. Slices are not smoothed together, or it would grow."""
-    # a margin lets closing and filling work on a head that touches the border
-    head = np.pad(slices > _DARKEST_HEAD, ((0, 0), *((closing + 1,) * 2,) * 2))
-    head = ndimage.binary_closing(head, _DISC, iterations=closing)
-    inner = slice(closing + 1, -closing - 1)
-    head = np.stack([ndimage.binary_fill_holes(plane) for plane in head])[:, inner, inner]
-    parts, count = ndimage.label(head)
-    if count > 1:
-        head = parts == 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
-    return np.asarray(head, dtype=np.bool_)
-
-
 def _without_islands(
     maps: SliceMaps,
-    judged: BoolArray,
-    unwanted: Callable[[int, NDArray[np.int32], int], BoolArray],
+    where: BoolArray,
+    unwanted: Callable[[NDArray[np.int64], NDArray[np.int64]], BoolArray],
 ) -> SliceMaps:
-    """Clear islands of evidence in the judged slices.
+    """Clear islands of evidence, within their slices, by how many of their pixels lie somewhere.
 
-    ``unwanted`` is given a slice's number, its islands (H, W), numbered from 1, and how many they
-    are, and says which are to go; what it says of 0 does not matter.
+    ``unwanted`` is given, for all islands of a slice, the pixels ``where`` marks and all pixels.
     """
     probability, deviation = maps.probability.copy(), maps.deviation
     deviation = None if deviation is None else deviation.copy()
-    for index in np.flatnonzero(judged & (probability >= EVIDENCE).any(axis=(1, 2))):
-        islands, count = ndimage.label(probability[index] >= EVIDENCE)
-        gone = unwanted(int(index), islands, count)
-        gone[0] = False
+    evidence = probability >= EVIDENCE
+    for index in np.flatnonzero((evidence & where).any(axis=(1, 2))):
+        islands, count = ndimage.label(evidence[index])
+        there = np.bincount(islands[where[index]], minlength=count + 1)
+        gone = unwanted(there, np.bincount(islands.ravel(), minlength=count + 1))
+        gone[0] = False  # what is no island
         cleared = gone[islands]
         probability[index][cleared] = 0.0
         if deviation is not None:

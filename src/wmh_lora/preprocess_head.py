@@ -11,11 +11,12 @@ from wmh_lora.errors import DataError
 from wmh_lora.view import View
 from wmh_lora.volume import Volume
 
-__all__ = ["coarse_scan", "find_background", "find_head", "landmarks", "shows_head"]
+__all__ = ["coarse_scan", "fill_head", "find_background", "find_head", "landmarks", "shows_head"]
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
+_DISC = ndimage.generate_binary_structure(2, 1)[None]
 _COARSE_MM = 3.0
 _CORE_DEPTHS_MM = {1: (20.0, 10.0, 5.0, 0.0), 2: (15.0, 10.0, 5.0, 0.0)}
 _PEAK_SHARE = {1: 1.0, 2: 0.6}  # of the highest peak of a histogram, for a darker one to count
@@ -52,16 +53,30 @@ def find_head(coarse: FloatArray, spacing_mm: tuple[float, float, float]) -> Boo
     """
     smooth = ndimage.gaussian_filter(coarse, 0.7)
     head = smooth > _otsu(smooth)
-    disc = ndimage.generate_binary_structure(2, 1)[None]
+    head = fill_head(ndimage.binary_opening(head, _DISC), 3)
+    if head.sum() * np.prod(spacing_mm) / 1000.0 < _CORE_MINIMUM_ML:
+        return np.ones_like(head)
+    return np.asarray(head, dtype=np.bool_)
+
+
+def fill_head(marked: BoolArray, closing: int) -> BoolArray:
+    """Close and fill what is dark within the slices of a head, and keep its largest component.
+
+    Parameters
+    ----------
+    marked : bool array (S, H, W)
+        Tissue that is bright.
+    closing : int
+        Pixels by which borders grow and shrink again.
+    """
     # a margin lets closing and filling work on a head that touches the border
-    head = np.pad(ndimage.binary_opening(head, disc), ((0, 0), (3, 3), (3, 3)))
-    head = ndimage.binary_closing(head, disc, iterations=3)
-    head = np.stack([ndimage.binary_fill_holes(plane) for plane in head])[:, 3:-3, 3:-3]
+    head = np.pad(marked, ((0, 0), (closing, closing), (closing, closing)))
+    head = ndimage.binary_closing(head, _DISC, iterations=closing)
+    inner = slice(closing, -closing)
+    head = np.stack([ndimage.binary_fill_holes(plane) for plane in head])[:, inner, inner]
     labels, count = ndimage.label(head)
     if count > 1:
         head = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-    if head.sum() * np.prod(spacing_mm) / 1000.0 < _CORE_MINIMUM_ML:
-        return np.ones_like(head)
     return np.asarray(head, dtype=np.bool_)
 
 
