@@ -77,22 +77,20 @@ class Architecture:
     changes: Mapping[str, str]
 
     def overrides(self, steps: int) -> list[str]:
-        """Return KEY=VALUE of all that the configuration does not say itself."""
+        """Return KEY=VALUE of all that is to be said beside the configuration's name."""
         values = {**_SHARED, "training.steps": str(steps), **self.changes}
         return [f"{key}={value}" for key, value in values.items()]
 
 
+def _compact(**changes: str) -> Architecture:
+    return Architecture("compact-synthetic", {**_COMPACT_RATES, **changes})
+
+
 ARCHITECTURES = {
-    "compact": Architecture("compact-synthetic", _COMPACT_RATES),
-    "compact without skip features": Architecture(
-        "compact-synthetic", {**_COMPACT_RATES, "model.decoder_skips": "false"}
-    ),
-    "compact without neighbouring slices": Architecture(
-        "compact-synthetic", {**_COMPACT_RATES, "model.in_channels": "1"}
-    ),
-    "compact, pixels of 1.25 mm": Architecture(
-        "compact-synthetic", {**_COMPACT_RATES, "preprocess.pixel_size_mm": "1.25"}
-    ),
+    "compact": _compact(),
+    "compact without skip features": _compact(**{"model.decoder_skips": "false"}),
+    "compact without neighbouring slices": _compact(**{"model.in_channels": "1"}),
+    "compact, pixels of 1.25 mm": _compact(**{"preprocess.pixel_size_mm": "1.25"}),
     "LiteMedSAM with LoRA, pixels of 1.5 mm": Architecture("v1", {}),
 }
 """What is compared, by name; the first is what the others are compared with."""
@@ -125,20 +123,11 @@ class _Study:
     work: Path
     first_steps: int
 
-    @property
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "package_version": __version__,
-            "first_steps": self.first_steps,
-            "shared": _SHARED,
-        }
-
     def results(self) -> dict[str, dict[str, Any]]:
         """Train and score what is missing."""
         self.work.mkdir(parents=True, exist_ok=True)
-        names = {name: architecture.config for name, architecture in ARCHITECTURES.items()}
-        identity = {**self._identity, "architectures": names}
-        steps = kept_result(self.work / "steps.json", identity, self._steps)
+        planned = {name: _identity(name, self.first_steps) for name in ARCHITECTURES}
+        steps = kept_result(self.work / "steps.json", planned, self._steps)
         return {name: self._kept(name, steps[name]) for name in ARCHITECTURES}
 
     def _steps(self) -> dict[str, int]:
@@ -151,15 +140,16 @@ class _Study:
         return steps_in_equal_time(time_in_turns(contestants, _TURNS), self.first_steps)
 
     def _kept(self, name: str, steps: int) -> dict[str, Any]:
-        overrides = ARCHITECTURES[name].overrides(steps)
-        identity = {**self._identity, "overrides": overrides}
-        path = self.work / f"{name.replace(',', '').replace(' ', '-')}.json"
-        result: dict[str, Any] = kept_result(path, identity, partial(self._result, name, steps))
+        run = self.work / name.replace(",", "").replace(" ", "-")
+        result: dict[str, Any] = kept_result(
+            run.with_name(f"{run.name}.json"),
+            _identity(name, steps),
+            partial(self._result, name, steps, run),
+        )
         sys.stderr.write(f"{name}: {steps} steps\n")
         return result
 
-    def _result(self, name: str, steps: int) -> dict[str, Any]:
-        run = self.work / name.replace(",", "").replace(" ", "-")
+    def _result(self, name: str, steps: int, run: Path) -> dict[str, Any]:
         command = [sys.executable, "-m", "wmh_lora", "train", ARCHITECTURES[name].config]
         places = [f"data.root={self.root}", f"data.cache={self.cache}"]
         for override in (*ARCHITECTURES[name].overrides(steps), *places):
@@ -176,6 +166,16 @@ class _Study:
             "other": _curve(engine, self.other).tolist(),
             "healthy_ml": _volumes_ml(engine, self.healthy).tolist(),
         }
+
+
+def _identity(name: str, steps: int) -> dict[str, Any]:
+    """What a kept result must agree with."""
+    architecture = ARCHITECTURES[name]
+    return {
+        "package_version": __version__,
+        "config": architecture.config,
+        "overrides": architecture.overrides(steps),
+    }
 
 
 def _probability(engine: WMHInferenceEngine, volume: Volume) -> NDArray[np.float32]:

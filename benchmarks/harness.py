@@ -287,5 +287,4 @@ def publish(
         json_path.write_text(text, encoding="utf-8")
     if markdown_path is not None:
         head, *others = rows
-        lines = (f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *others))
-        markdown_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        markdown_path.write_text(markdown_table(head, others) + "\n", encoding="utf-8")

@@ -102,7 +102,7 @@ def _look(encoder: str, scan: Volume, dtype: torch.dtype) -> Callable[[], object
     """Return a function that shows one slice to one of our networks."""
     prepared = preprocess(scan, model_preset(encoder)[1])
     network = NetworkOnDevice(our_network(encoder), ("wmh",), CPU)
-    slices = context_stack(prepared, [len(prepared.slices) // 2])
+    slices = context_stack(prepared, [len(prepared.slices) // 2], 3)
     return lambda: network.see(slices, (0, False), dtype)
 
 

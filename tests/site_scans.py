@@ -80,7 +80,7 @@ def _train(net: WMHNet, preprocessing: PreprocessConfig, steps: int) -> None:
     volume, mask = head(seed=99)
     prepared = preprocess(volume, preprocessing)
     shown = range(1, len(prepared.slices) - 1)
-    slices = torch.from_numpy(context_stack(prepared, shown))
+    slices = torch.from_numpy(context_stack(prepared, shown, 3))
     ventricles = (volume.data > 30.0) & (volume.data < 150.0)
     target = torch.stack(
         [

@@ -131,7 +131,7 @@ class SliceStack(Protocol):
 def context_stack(
     prepared: SliceStack,
     indices: Sequence[int],
-    channels: int = 3,
+    channels: int,
     *,
     slices: FloatArray | None = None,
 ) -> FloatArray:

@@ -53,7 +53,7 @@ def test_table_holds_means_gains_and_bests() -> None:
     assert "| another | 2.0 | 400 | 0.650 | +0.130 (+0.130 to +0.130) | 0.650 | 0.700 |" in text
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "LiteMedSAM" not in name])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_networks_are_what_their_names_say_and_can_be_trained(name: str) -> None:
     config = read_run_config(
         ARCHITECTURES[name].config,
@@ -61,7 +61,9 @@ def test_networks_are_what_their_names_say_and_can_be_trained(name: str) -> None
     )
     assert config.model.decoder_skips == ("without skip" not in name)
     assert config.model.in_channels == (1 if "without neighbouring" in name else 3)
-    assert config.preprocess.pixel_size_mm == (1.25 if "1.25 mm" in name else 1.0)
+    pixels = [float(size) for size in ("1.25", "1.5") if f"pixels of {size} mm" in name]
+    assert [config.preprocess.pixel_size_mm] == (pixels or [1.0])
+    assert config.model.encoder == ("litemedsam" if "LiteMedSAM" in name else "compact")
     assert config.training.steps == 300
     assert (config.data["real"], config.data["real_lanes"]) == ([], 0)
     training_step(config)()

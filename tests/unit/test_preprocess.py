@@ -154,7 +154,7 @@ def test_neighbours_lie_a_physical_distance_away_and_ends_repeat() -> None:
     prepared = preprocess(head_phantom((60, 70, 60), (3.0, 3.0, 2.0)), CONFIG)
     assert prepared.context_offset == 2  # 3 mm is nearer to two slices than to one
     last = len(prepared.slices) - 1
-    stack = context_stack(prepared, [0, 5, last])
+    stack = context_stack(prepared, [0, 5, last], 3)
     np.testing.assert_array_equal(stack[1, 0], prepared.slices[3])
     np.testing.assert_array_equal(stack[1, 1], prepared.slices[5])
     np.testing.assert_array_equal(stack[1, 2], prepared.slices[7])

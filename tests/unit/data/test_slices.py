@@ -102,7 +102,7 @@ def test_the_cache_holds_what_preprocessing_makes_and_is_used(
     for index in range(len(image)):
         np.testing.assert_array_equal(
             neighbours(image, cached.context_offset, index),
-            context_stack(prepared, [index])[0],
+            context_stack(prepared, [index], 3)[0],
         )
     target = cached.array("target").astype(np.float32)
     expected = to_model_grid(case.masks["wmh"], prepared)
