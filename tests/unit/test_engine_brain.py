@@ -105,7 +105,7 @@ class TestBelowSkull:
         shape = (190, 190, 31)
         axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, self.SPACING_MM)]
         x, y, z = np.meshgrid(*axes, indexing="ij")
-        return np.sqrt(x**2 + y**2 + z**2)
+        return np.asarray(np.sqrt(x**2 + y**2 + z**2))
 
     def seen(
         self, data: np.ndarray, brain: np.ndarray, lesion: np.ndarray
