@@ -7,8 +7,8 @@ training file can name. Of the lesions, only what the model is sure of is labell
 reach ``--sure`` are lesions (1), what is below ``--doubt`` is background (0), and the rest is
 neither (2), which training ignores. Of those components, what is faint beside the scan's other
 lesions is judged as in synthetic scans (`wmh_lora.data.visibility`). Nothing outside the brain that
-the model outlines is a lesion.
-Other structures are left unlabelled.
+the model outlines is a lesion. Brain and ventricles are labelled as it outlines them, where that is
+plausible (`wmh_lora.structures`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from wmh_lora.data.visibility import judge_visibility
 from wmh_lora.engine import WMHInferenceEngine, load_model
 from wmh_lora.evaluation.masks import OTHER_PATHOLOGY_LABEL
 from wmh_lora.postprocess import apply_threshold, remove_faint_components
+from wmh_lora.structures import find_brain, find_ventricles
 from wmh_lora.volume import Volume, write_nifti
 
 NEAR_BRAIN_MM = 3.0
@@ -61,9 +63,10 @@ def main() -> None:
         for folder in (scan.parent, mask):
             folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(image, scan)
-        write_nifti(
-            mask / f"{subject}_space-orig_label-WMH_mask.nii.gz", labels, volume, overwrite=True
-        )
+        drawn = {"WMH": labels, **plausible_structures(maps.structure_masks, volume)}
+        for label, data in drawn.items():
+            name = f"{subject}_space-orig_label-{label}_mask.nii.gz"
+            write_nifti(mask / name, data, volume, overwrite=True)
         lesion_ml, open_ml = (
             int((labels == value).sum()) * volume.voxel_volume_ml
             for value in (1, OTHER_PATHOLOGY_LABEL)
@@ -85,6 +88,22 @@ def pseudo_labels(
     lesion = remove_faint_components(apply_threshold(inside, threshold), inside, sure)
     unsure = apply_threshold(inside, doubt) & ~lesion.astype(np.bool_)
     return np.where(unsure, np.uint8(OTHER_PATHOLOGY_LABEL), lesion)
+
+
+def plausible_structures(
+    structure_masks: Mapping[str, npt.NDArray[np.uint8]], volume: Volume
+) -> dict[str, npt.NDArray[np.uint8]]:
+    """Return the (I, J, K) masks of brain and ventricles that can be used, by name."""
+    brain = find_brain(structure_masks, volume.affine)
+    found = {
+        "brain": brain,
+        "ventricles": find_ventricles(structure_masks, volume.affine, brain.mask),
+    }
+    return {
+        name: structure.mask.astype(np.uint8)
+        for name, structure in found.items()
+        if structure.mask is not None
+    }
 
 
 def without_faint(

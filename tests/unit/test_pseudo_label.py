@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tools.pseudo_label import pseudo_labels, without_faint
+from tools.pseudo_label import plausible_structures, pseudo_labels, without_faint
 from wmh_lora.volume import Volume
 
 
@@ -42,3 +42,21 @@ def test_what_is_faint_beside_other_lesions_is_taken_back() -> None:
     assert (judged[47:51, 47:51, 2] == 0).all()
     assert (judged[open_already] == 2).all()
     assert (judged[normal] == 0).all()
+
+
+def test_structures_that_cannot_be_are_not_labelled() -> None:
+    shape = (40, 40, 40)
+    volume = Volume(np.ones(shape, np.float32), np.diag([4.0, 4.0, 4.0, 1.0]))
+    brain = np.zeros(shape, np.uint8)
+    brain[8:32, 6:34, 8:32] = 1
+    ventricles = np.zeros(shape, np.uint8)
+    ventricles[17:23, 14:26, 18:22] = 1
+    ventricles[0, 0, 0] = 1
+    named = plausible_structures({"brain": brain, "ventricles": ventricles}, volume)
+    np.testing.assert_array_equal(named["brain"], brain)
+    assert named["ventricles"].sum() == ventricles.sum() - 1, "what lies outside the brain goes"
+    assert named["ventricles"].dtype == np.uint8
+    few = np.zeros(shape, np.uint8)
+    few[20, 20, 20] = 1
+    assert list(plausible_structures({"brain": brain, "ventricles": few}, volume)) == ["brain"]
+    assert not plausible_structures({"brain": few, "ventricles": few}, volume)

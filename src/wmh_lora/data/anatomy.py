@@ -107,13 +107,18 @@ def head_anatomy(path: Path) -> Anatomy:
     image = nib.as_closest_canonical(nib.Nifti1Image.from_filename(path))
     codes = _crop_neck(np.asarray(image.dataobj, dtype=np.int16))
     tissue = tissues_of_codes(codes)
+    return Anatomy(path.name.split(".")[0], tissue, register_anatomy(tissue), True)
+
+
+def register_anatomy(tissue: LabelArray) -> FloatArray:
+    """Find the field of an `Anatomy` that leads from its voxels (X, Y, Z) to MNI152."""
     template = mni_anatomy()
     field = register_to_template(
         _landmark_maps(tissue), _landmark_maps(template.tissue), FIELD_STEP_MM
     )
     # from the template's voxels to millimetres: its grid is 1 mm and axis-aligned
     origin_mm = template.to_mni_mm[:, 0, 0, 0]
-    return Anatomy(path.name.split(".")[0], tissue, field + origin_mm[:, None, None, None], True)
+    return np.asarray(field + origin_mm[:, None, None, None])
 
 
 def tissues_of_codes(codes: npt.NDArray[np.int16]) -> LabelArray:

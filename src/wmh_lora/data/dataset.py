@@ -7,6 +7,7 @@ mixes scans while each scan is made once.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,8 @@ from wmh_lora.config_reading import from_dict
 from wmh_lora.data.anatomy import Anatomy, head_anatomy, mni_anatomy
 from wmh_lora.data.augment import augment_crop, augment_scan, augment_t1
 from wmh_lora.data.fields import FloatArray
-from wmh_lora.data.lesions import MaskBank
+from wmh_lora.data.lesions import MaskBank, draw_lesions, ventricle_distance
+from wmh_lora.data.real_painting import RealAnatomy, paint_lesions, real_anatomy
 from wmh_lora.data.slices import SliceStream
 from wmh_lora.data.sources import (
     DataConfig,
@@ -144,6 +146,9 @@ class TrainingStream:
         real = sum(files.t1 is not None for files in self._real_files)
         synthetic = self.config.lanes - self.config.real_lanes  # whose scans all have one
         require_t1(self.t1_channels, real + synthetic)
+        if self.config.painted_share:
+            for files in self._real_files:
+                self._real_anatomy(files, read_masks(files.image, files.masks))
 
     def _scan(self, lane: int, number: int) -> _Scan:
         held = self._held.get(lane)
@@ -157,8 +162,9 @@ class TrainingStream:
         real = lane * self.config.real_lanes % self.config.lanes < self.config.real_lanes
         t1_file, extracted = None, False
         if real:
-            image, masks, t1_file = self._real_files[rng.integers(len(self._real_files))]
-            case = read_masks(image, masks)
+            files = self._real_files[rng.integers(len(self._real_files))]
+            t1_file = files.t1
+            case = self._painted(rng, files, read_masks(files.image, files.masks))
             extracted = "brain" in case.masks and rng.random() < self.config.extracted_share
             case = augment_scan(rng, case, extracted=extracted)
             prepared = self._prepare(rng, case)
@@ -183,6 +189,34 @@ class TrainingStream:
         if t1 is not None and "brain" in case.masks and rng.spawn(1)[0].random() < 0.5:
             t1[to_model_grid(case.masks["brain"], prepared) < 0.5] = 0.0
         return _Scan(prepared, targets, ignored, valid, real, t1)
+
+    def _painted(self, rng: np.random.Generator, files: _Files, case: Case) -> Case:
+        """Paint lesions into some real scans."""
+        if not self.config.painted_share:
+            return case
+        draws = rng.spawn(1)[0]  # of its own: the rest stays as it is
+        if draws.random() >= self.config.painted_share:
+            return case
+        anatomy = self._real_anatomy(files, case)
+        if anatomy is None:
+            return case
+        distance_mm = ventricle_distance(anatomy.tissue)
+        lesions = draw_lesions(draws, anatomy.tissue, anatomy.to_mni_mm, distance_mm, self._bank)
+        return paint_lesions(draws, case, anatomy, lesions)
+
+    def _real_anatomy(self, files: _Files, case: Case) -> RealAnatomy | None:
+        """Return what a real scan shows; made once for a file and its masks."""
+        content = hashlib.sha256()
+        for path in (files.image, *(path for _, path in files.masks)):
+            content.update(path.read_bytes())
+        target = Path(self.config.cache) / f"scan-{content.hexdigest()[:16]}.npz"
+        if target.exists():
+            return RealAnatomy.load(target)
+        anatomy = real_anatomy(case)
+        if anatomy is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            anatomy.save(target)
+        return anatomy
 
     def visible_case(self, rng: np.random.Generator) -> tuple[Case, Prepared]:
         """Draw synthetic scans until the lesions of one can be seen, or patience ends."""

@@ -7,6 +7,7 @@ confluent haloes, and punctate foci in deep and juxtacortical white matter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,11 @@ class MaskBank:
         paths = cls.paths(folder, exclude)
         if not paths:
             raise DataError(f"{folder}: no lesion mask (*_mask.nii.gz) there.")
+        return cls.read_files(paths)
+
+    @classmethod
+    def read_files(cls, paths: Sequence[Path]) -> MaskBank:
+        """Read masks that lie on one grid."""
         images = [nib.Nifti1Image.from_filename(p) for p in paths]
         masks = tuple(np.asarray(image.dataobj) > 0 for image in images)
         return cls(masks, np.linalg.inv(images[0].affine))
@@ -215,7 +221,7 @@ def draw_lesions(
         return mask
     if bank is not None and kind < 0.60:
         drawn = bank.draw(rng, to_mni_mm, shape)
-        mask = np.maximum(mask, _within_hosts(drawn, tissue))
+        mask = np.maximum(mask, within_hosts(drawn, tissue))
     if bank is None or kind > 0.48:
         if rng.random() < 0.75:
             mask = np.maximum(mask, periventricular(rng, distance_mm, tissue))
@@ -226,7 +232,7 @@ def draw_lesions(
     return mask
 
 
-def _within_hosts(drawn: FloatArray, tissue: LabelArray) -> FloatArray:
+def within_hosts(drawn: FloatArray, tissue: LabelArray) -> FloatArray:
     """Keep a drawn mask in white matter and nuclei, and where it reaches from there into cortex.
 
     A mask of one brain laid into another meets sulci; cortex that no white matter lesion touches

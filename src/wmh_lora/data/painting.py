@@ -85,10 +85,8 @@ def paint(
     _look_alikes_in_fluid(rng, image, tissue)
     _outside_the_brain(rng, image, tissue)
     _scalp_fat(rng.spawn(1)[0], image, tissue)
-    low, high = LESION_CONTRAST
-    typical = log_uniform(rng, TYPICAL_LESION_CONTRAST - 1.0, 0.8 * (high - 1.0))
-    # readers call a lesion what stands out among the subject's own lesions
-    faintest = float(np.clip(0.6 * typical, low - 1.0 + 0.02, 0.25))
+    typical = log_uniform(rng, TYPICAL_LESION_CONTRAST - 1.0, 0.8 * (LESION_CONTRAST[1] - 1.0))
+    faintest = faintest_excess(typical)
     few = lesions.sum() < _FEW_MM3
     dirt = min(faintest, _MOST_DIRT_ALONE) if few else faintest
     _dirty_white_matter(rng, image, tissue, dirt)
@@ -276,6 +274,44 @@ def _scalp_fat(rng: np.random.Generator, image: FloatArray, tissue: LabelArray) 
     image[fat] += np.clip(share[fat], 0.0, 1.0) * (bright - image[fat])
 
 
+def faintest_excess(typical: float) -> float:
+    """Return the excess over white matter from which a subject's lesions are called lesions.
+
+    Readers call a lesion what stands out among the subject's own.
+    """
+    return float(np.clip(0.6 * typical, LESION_CONTRAST[0] - 1.0 + 0.02, 0.25))
+
+
+def shade_lesions(
+    rng: np.random.Generator, lesions: FloatArray, typical: float
+) -> tuple[FloatArray, FloatArray]:
+    """Give lesions uneven brightness and soft borders.
+
+    Parameters
+    ----------
+    rng
+        Source of randomness.
+    lesions
+        (X, Y, Z) 0 or 1, voxels of 1 mm.
+    typical
+        Mean excess brightness over white matter, 0.5 for half as bright again.
+
+    Returns
+    -------
+    excess : array (X, Y, Z) float32
+        Of a voxel that a lesion fills.
+    profile : array (X, Y, Z) float32
+        Share that lesions fill of a voxel, in [0, 1].
+    """
+    shape = (lesions.shape[0], lesions.shape[1], lesions.shape[2])
+    between = np.exp(uniform(rng, 0.1, 0.4) * smooth_field(rng, shape, uniform(rng, 6.0, 14.0)))
+    within = 1.0 + uniform(rng, 0.0, 0.2) * smooth_field(rng, shape, 2.5)
+    excess = np.clip(typical * between * within, 0.0, LESION_CONTRAST[1] - 1.0 + 0.3)
+    # plaques have sharp borders, vascular haloes fade
+    blur_mm = uniform(rng, 0.4, 1.3) if rng.random() < 0.75 else uniform(rng, 1.3, 2.5)
+    return excess.astype(np.float32), ndimage.gaussian_filter(lesions, blur_mm)
+
+
 def _add_lesions(
     rng: np.random.Generator,
     image: FloatArray,
@@ -289,14 +325,7 @@ def _add_lesions(
     """
     if not lesions.any():
         return image, lesions
-    shape = (image.shape[0], image.shape[1], image.shape[2])
-    between = np.exp(uniform(rng, 0.1, 0.4) * smooth_field(rng, shape, uniform(rng, 6.0, 14.0)))
-    within = 1.0 + uniform(rng, 0.0, 0.2) * smooth_field(rng, shape, 2.5)
-    excess = np.clip(typical * between * within, 0.0, LESION_CONTRAST[1] - 1.0 + 0.3)
-    # plaques have sharp borders, vascular haloes fade
-    blur_mm = uniform(rng, 0.4, 1.3) if rng.random() < 0.75 else uniform(rng, 1.3, 2.5)
-    profile = ndimage.gaussian_filter(lesions, blur_mm)
-    # small foci lose height in the blur: give back part of what a scanner would still show
+    excess, profile = shade_lesions(rng, lesions, typical)
     bright = image + excess * profile
     if rng.random() < 0.3:  # grey matter hosts are no brighter for being lesions twice over
         bright = np.maximum(image, np.minimum(bright, 1.0 + excess))

@@ -65,6 +65,9 @@ class DataConfig:
     extracted_share
         Fraction of the real scans with a labelled brain that are shown without the rest of the
         head, where synthetic ones are mixed in.
+    painted_share
+        Fraction of the real scans, where synthetic ones are mixed in, that get lesions painted in
+        beside their own (`wmh_lora.data.real_painting`), if brain and ventricles are labelled.
     min_excess
         Synthetic scans whose lesions are brighter than white matter by a smaller share (median over
         their pixels) are drawn again, a few times: contrast, noise and clipping now and then leave
@@ -95,6 +98,7 @@ class DataConfig:
     crops_per_scan: int = 24
     lesion_share: float = 0.7
     extracted_share: float = 0.5
+    painted_share: float = 0.0
     min_excess: float = 0.0
     other_planes_share: float = 0.0
     cap_reach_mm: float = 0.0
@@ -106,7 +110,7 @@ class DataConfig:
                 f"{self.lanes}."
             )
         shares = ("background_share", "mni_share", "lesion_share", "extracted_share")
-        for name in (*shares, "other_planes_share"):
+        for name in (*shares, "painted_share", "other_planes_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name} = {getattr(self, name)} must lie in [0, 1].")
         if bool(self.manifest) != bool(self.split):
@@ -121,8 +125,9 @@ class DataConfig:
                 "data.real_lanes asks for real scans but neither data.manifest nor data.real names "
                 "any."
             )
-        if self.labelmaps and not self.cache and not self.real_alone:
-            raise ConfigError("data.labelmaps needs data.cache, a folder for registered anatomies.")
+        for name in ("labelmaps", "painted_share"):
+            if getattr(self, name) and not self.cache and not self.real_alone:
+                raise ConfigError(f"data.{name} needs data.cache, a folder for anatomies.")
 
     @property
     def real_alone(self) -> bool:

@@ -31,6 +31,10 @@ STRUCTURES = ("wmh", "ventricles", "brain")
 IGNORED = "ignored"
 """Name, among a case's masks, of what is neither lesion nor background."""
 
+LESION_SHARE = 0.4
+"""Of a voxel that a lesion fills: readers outline what looks bright in a slice, also where it fills
+a little less than half."""
+
 _NORMAL = (Tissue.WHITE_MATTER, Tissue.BRAINSTEM, Tissue.CEREBELLAR_WHITE)
 """What lesions are compared with."""
 
@@ -104,8 +108,8 @@ def synthesize(
     )
     scan = acquire(rng, painted, masks, keep)
     volume = Volume(scan.image, scan.affine)
-    # readers outline what looks bright in a slice, also where it fills a little less than half
-    lesion, *structures, normal = scan.masks > np.array([0.4, 0.5, 0.5, 0.5])[:, None, None, None]
+    least = np.array([LESION_SHARE, 0.5, 0.5, 0.5])[:, None, None, None]
+    lesion, *structures, normal = scan.masks > least
     visible, doubtful = judge_visibility(scan.image, lesion, normal, volume.spacing_mm)
     named = dict(zip((*STRUCTURES, IGNORED), (visible, *structures, doubtful), strict=True))
     t1 = _acquire_t1(rng.spawn(1)[0], tissue, lesions, keep) if with_t1 else None

@@ -14,12 +14,12 @@ from wmh_lora.data.anatomy import Anatomy, Tissue, mni_anatomy
 from wmh_lora.data.fields import smooth_field, upsample
 from wmh_lora.data.lesions import (
     MaskBank,
-    _within_hosts,
     confluent,
     draw_lesions,
     periventricular,
     punctate,
     ventricle_distance,
+    within_hosts,
 )
 from wmh_lora.data.painting import LESION_CONTRAST, _scalp_fat, paint, tissue_contrast
 from wmh_lora.data.synthesis import IGNORED, STRUCTURES, demo_case, synthesize
@@ -158,7 +158,7 @@ def test_drawn_lesions_reach_cortex_only_from_white_matter() -> None:
     tissue = np.full((20, 12, 12), Tissue.CORTEX, dtype=np.uint8)
     tissue[:8] = Tissue.WHITE_MATTER
     tissue[:, 10:] = Tissue.CSF
-    mask = _within_hosts(np.ones(tissue.shape, dtype=np.float32), tissue)
+    mask = within_hosts(np.ones(tissue.shape, dtype=np.float32), tissue)
     assert mask[:10, :10].all()
     assert not mask[10:].any()
     assert not mask[:, 10:].any()

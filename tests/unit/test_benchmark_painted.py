@@ -1,0 +1,64 @@
+"""Means by lesion load, and known lesions found again at other slices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from benchmarks.painted import by_load, measure_scans
+from wmh_lora.engine import WMHInferenceEngine
+from wmh_lora.evaluation.metrics import evaluate
+from wmh_lora.volume import Volume, write_nifti
+
+
+def test_scans_are_averaged_within_bands_of_load() -> None:
+    lesion = np.zeros((20, 20, 20), np.uint8)
+    lesion[5:10, 5:10, 5:10] = 1
+    found = lesion.copy()
+    found[5] = 0
+    little = evaluate(lesion, lesion, (1.0, 1.0, 1.0))
+    some, more = (
+        replace(evaluate(lesion, found, (1.0, 1.0, 1.0)), reference_ml=ml) for ml in (5.0, 19.0)
+    )
+    bands = by_load([little, some, more])
+    assert list(bands) == ["0 to 5 mL", "5 to 20 mL", "all"]
+    assert bands["0 to 5 mL"] == {
+        "scans": 1,
+        "dice": 1.0,
+        "lesion_f1": 1.0,
+        "lesion_recall": 1.0,
+        "recall": 1.0,
+        "precision": 1.0,
+        "found_ml": pytest.approx(0.125),
+        "reference_ml": pytest.approx(0.125),
+    }
+    assert bands["5 to 20 mL"]["recall"] == pytest.approx(0.8)
+    assert bands["all"]["scans"] == 3
+    assert bands["all"]["recall"] == pytest.approx((1.0 + 0.8 + 0.8) / 3)
+
+
+@pytest.mark.parametrize(("slices", "volume_ml"), [(1, 0.128), (4, 0.128)])
+def test_scans_and_labels_are_averaged_alike(tmp_path: Path, slices: int, volume_ml: float) -> None:
+    labels = np.zeros((16, 16, 16), np.uint8)
+    labels[4:8, 4:8, 4:12] = 1
+    labels[10:12, 4:8, 4:12] = 2
+    scan = Volume((labels > 0).astype(np.float32) + 1.0, np.eye(4))
+    write_nifti(tmp_path / "a_FLAIR.nii.gz", scan.data, scan)
+    write_nifti(tmp_path / "a_label-WMH_mask.nii.gz", labels, scan)
+    shown = []
+
+    def segment(volume: Volume) -> Any:
+        shown.append(volume)
+        return SimpleNamespace(mask=(volume.data > 1.5).astype(np.uint8))
+
+    engine = cast(WMHInferenceEngine, SimpleNamespace(segment=segment))
+    (scores,) = measure_scans(engine, tmp_path, ["a"], slices)
+    assert shown[0].spacing_mm == (1.0, 1.0, float(slices))
+    assert shown[0].shape == (16, 16, 16 // slices)
+    assert scores.dice == 1.0, "what is too faint to tell counts neither way"
+    assert scores.reference_ml == pytest.approx(volume_ml)
