@@ -157,6 +157,7 @@ def tune(
     from wmh_lora.config import TTA_MODES
     from wmh_lora.engine_maps import ProbabilityMaps
     from wmh_lora.logs import progress_bar
+    from wmh_lora.models.allocator import keep_freed_memory
     from wmh_lora.models.model_file import read_model_card, rewrite_card, weights_sha256
     from wmh_lora.report.tuning import OUTPUTS, summary_lines, write_tuning
     from wmh_lora.training.tune import tune as search
@@ -165,6 +166,7 @@ def tune(
     if not dry_run:
         _require_matplotlib()
         _prepare_folder(folder, OUTPUTS, overwrite)
+    keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     cases = _cases(run, choice)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from wmh_lora.data.anatomy import Tissue, mni_anatomy, register_anatomy
+from wmh_lora.data.anatomy import FIELD_STEP_MM, Tissue, mni_anatomy, register_anatomy
 from wmh_lora.data.fields import FloatArray, log_uniform, upsample
 from wmh_lora.data.painting import faintest_excess, shade_lesions
 from wmh_lora.data.synthesis import IGNORED, LESION_SHARE, Case
@@ -38,7 +38,6 @@ _LEAST_LESION = 20  # voxels, of which a scan's own contrast is measured
 _CONTRAST = (0.25, 0.9)
 _OWN_CONTRAST = (0.25, 1.2)
 _STEP_MM = 1.0  # between samples across a slice
-_NODE_MM = 8
 
 _OTHER_BRAIN = (
     Tissue.DEEP_GREY,
@@ -278,8 +277,8 @@ def _averaged(
 
 def _corner_to_corner(field: FloatArray, shape: tuple[int, ...]) -> FloatArray:
     """Give a field with nodes at every eighth voxel nodes from the first voxel to the last."""
-    axes = [np.linspace(0.0, n - 1.0, int(np.ceil((n - 1) / _NODE_MM)) + 1) for n in shape]
-    nodes = np.stack(np.meshgrid(*axes, indexing="ij")) / _NODE_MM
+    axes = [np.linspace(0.0, n - 1.0, int(np.ceil((n - 1) / FIELD_STEP_MM)) + 1) for n in shape]
+    nodes = np.stack(np.meshgrid(*axes, indexing="ij")) / FIELD_STEP_MM
     moved = [ndimage.map_coordinates(c, nodes, order=1) for c in field]
     return np.stack(moved).astype(np.float32)
 
