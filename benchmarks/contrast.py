@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -44,9 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     scan = Volume.read(options.image)
     reference = (Volume.read(options.reference, allow_constant=True).data == 1).astype(np.float32)
-    affine = scan.affine.copy()
-    affine[:3, 2] *= options.slices
-    scan = Volume(average_slices(scan.data[..., options.skip :], options.slices), affine)
+    scan = thick_scan(replace(scan, data=scan.data[..., options.skip :]), options.slices)
     lesion = average_slices(reference[..., options.skip :], options.slices) >= 0.5
     engine = WMHInferenceEngine(load_model(options.model), "cpu")
     result = engine.segment(scan, min_contrast=options.min_contrast)
@@ -72,6 +71,13 @@ def main(arguments: list[str] | None = None) -> None:
         },
     }
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def thick_scan(scan: Volume, count: int) -> Volume:
+    """Average a scan over as many neighbouring slices along its last axis."""
+    affine = scan.affine.copy()
+    affine[:3, 2] *= count
+    return Volume(average_slices(scan.data, count), affine)
 
 
 def average_slices(data: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.float32]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contrast import average_slices
+from benchmarks.contrast import average_slices, thick_scan
 from benchmarks.harness import publish
 from wmh_lora.data.lesions import MaskBank, within_hosts
 from wmh_lora.data.real_painting import paint_lesions, real_anatomy
@@ -107,9 +107,7 @@ def measure_scans(
     """Segment every scan and compare."""
     for name in names:
         scan, labels = (Volume.read(path, allow_constant=True) for path in _files(folder, name))
-        affine = scan.affine.copy()
-        affine[:3, 2] *= slices
-        volume = Volume(average_slices(scan.data, slices), affine)
+        volume = thick_scan(scan, slices)
         lesion, other = (
             average_slices((labels.data == value).astype(np.float32), slices)
             for value in (WMH_LABEL, OTHER_PATHOLOGY_LABEL)

@@ -35,6 +35,7 @@ from wmh_lora.data.sources import (
 )
 from wmh_lora.data.synthesis import IGNORED, Case, synthesize
 from wmh_lora.errors import DataError, GridMismatchError
+from wmh_lora.files import file_sha256
 from wmh_lora.preprocess import (
     WHITE_MATTER_LEVEL,
     Prepared,
@@ -147,8 +148,7 @@ class TrainingStream:
         synthetic = self.config.lanes - self.config.real_lanes  # whose scans all have one
         require_t1(self.t1_channels, real + synthetic)
         if self.config.painted_share:
-            for files in self._real_files:
-                self._real_anatomy(files, read_masks(files.image, files.masks))
+            _ = self._real_anatomies
 
     def _scan(self, lane: int, number: int) -> _Scan:
         held = self._held.get(lane)
@@ -197,26 +197,13 @@ class TrainingStream:
         draws = rng.spawn(1)[0]  # of its own: the rest stays as it is
         if draws.random() >= self.config.painted_share:
             return case
-        anatomy = self._real_anatomy(files, case)
-        if anatomy is None:
+        kept = self._real_anatomies.get(files.image)
+        if kept is None:
             return case
+        anatomy = RealAnatomy.load(kept)
         distance_mm = ventricle_distance(anatomy.tissue)
         lesions = draw_lesions(draws, anatomy.tissue, anatomy.to_mni_mm, distance_mm, self._bank)
         return paint_lesions(draws, case, anatomy, lesions)
-
-    def _real_anatomy(self, files: _Files, case: Case) -> RealAnatomy | None:
-        """Return what a real scan shows; made once for a file and its masks."""
-        content = hashlib.sha256()
-        for path in (files.image, *(path for _, path in files.masks)):
-            content.update(path.read_bytes())
-        target = Path(self.config.cache) / f"scan-{content.hexdigest()[:16]}.npz"
-        if target.exists():
-            return RealAnatomy.load(target)
-        anatomy = real_anatomy(case)
-        if anatomy is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            anatomy.save(target)
-        return anatomy
 
     def visible_case(self, rng: np.random.Generator) -> tuple[Case, Prepared]:
         """Draw synthetic scans until the lesions of one can be seen, or patience ends."""
@@ -304,6 +291,24 @@ class TrainingStream:
                 head_anatomy(source).save(target)
             files.append(target)
         return files
+
+    @cached_property
+    def _real_anatomies(self) -> dict[Path, Path]:
+        """Files of what real scans show, by scan, of those that lesions can be painted into."""
+        cache = Path(self.config.cache)
+        cache.mkdir(parents=True, exist_ok=True)
+        kept = {}
+        for files in self._real_files:
+            contents = [file_sha256(path) for path in (files.image, *dict(files.masks).values())]
+            key = hashlib.sha256("".join(contents).encode()).hexdigest()
+            target = cache / f"scan-{key[:16]}.npz"
+            if not target.exists():
+                anatomy = real_anatomy(read_masks(files.image, files.masks))
+                if anatomy is None:
+                    continue
+                anatomy.save(target)
+            kept[files.image] = target
+        return kept
 
     @cached_property
     def _bank(self) -> MaskBank | None:

@@ -105,27 +105,25 @@ def real_anatomy(case: Case) -> RealAnatomy | None:
     if box is None or not case.masks["ventricles"].any():
         return None
     case = _cropped(case, box)
-    brain, ventricles = (case.masks[name] > 0.5 for name in ("brain", "ventricles"))
-    solid = brain & ~ventricles
-    white, level = _white_matter(case, solid)
+    image, solid = _smoothed(case), _solid(case)
+    white, level = _white_matter(case, image, solid)
     if np.count_nonzero(white) * case.volume.voxel_volume_ml < _LEAST_WHITE_ML:
         return None
-    dark = solid & (_smoothed(case) < _FLUID * level)
     from_box, shape = _millimetre_grid(case.volume)
+    to_box = np.linalg.inv(from_box)
 
     def laid(mask: BoolArray) -> BoolArray:
-        to_scan = np.linalg.inv(from_box)
         sampled = ndimage.affine_transform(
-            mask.astype(np.float32), to_scan[:3, :3], to_scan[:3, 3], shape, order=1, mode="nearest"
+            mask.astype(np.float32), to_box[:3, :3], to_box[:3, 3], shape, order=1, mode="nearest"
         )
         return np.asarray(sampled > 0.5)
 
     tissue = np.zeros(shape, np.uint8)
     for mask, name in (
-        (brain, Tissue.CORTEX),
+        (case.masks["brain"] > 0.5, Tissue.CORTEX),
         (white | _marked(case), Tissue.WHITE_MATTER),
-        (dark, Tissue.CSF),
-        (ventricles, Tissue.VENTRICLE),
+        (solid & (image < _FLUID * level), Tissue.CSF),
+        (case.masks["ventricles"] > 0.5, Tissue.VENTRICLE),
     ):
         tissue[laid(mask)] = name
     to_mni_mm = _corner_to_corner(register_anatomy(tissue), tissue.shape)
@@ -159,8 +157,8 @@ def paint_lesions(
     if not lesions.any():
         return case
     inner = _cropped(case, anatomy.box)
-    solid, own = _solid(inner), inner.masks["wmh"] > 0.5
-    white, level = _white_matter(inner, solid)
+    smooth, solid, own = _smoothed(inner), _solid(inner), inner.masks["wmh"] > 0.5
+    white, level = _white_matter(inner, smooth, solid)
     typical = _typical_excess(rng, inner, level)
     excess, profile = shade_lesions(rng, lesions, typical)
     seen = (profile > 0.5) & (excess > faintest_excess(typical))
@@ -170,7 +168,7 @@ def paint_lesions(
     )
     free = solid & ~_marked(inner)
     # a lesion takes the place of tissue: in cortex it is no brighter than in white matter
-    change = np.maximum(level * (share + rise) - share * _smoothed(inner), 0.0)
+    change = np.maximum(level * (share + rise) - share * smooth, 0.0)
     image = (inner.volume.data + np.where(free, change, 0.0)).astype(np.float32)
     painted = free & (covered > LESION_SHARE)
     visible, doubtful = judge_visibility(image, painted | own, white, inner.volume.spacing_mm)
@@ -212,9 +210,11 @@ def _smoothed(case: Case) -> FloatArray:
     return np.asarray(ndimage.gaussian_filter(case.volume.data, sigma), dtype=np.float32)
 
 
-def _white_matter(case: Case, solid: BoolArray) -> tuple[BoolArray, FloatArray]:
-    """Find normal white matter, (I, J, K), and how bright it is at every voxel."""
-    image = _smoothed(case)
+def _white_matter(case: Case, image: FloatArray, solid: BoolArray) -> tuple[BoolArray, FloatArray]:
+    """Find normal white matter, (I, J, K), and how bright it is at every voxel.
+
+    ``image`` is the smoothed scan.
+    """
     spacing_mm = case.volume.spacing_mm
     deep = solid & (ndimage.distance_transform_edt(solid, spacing_mm) > _SURFACE_MM)
     deep &= ~_marked(case)
