@@ -29,6 +29,7 @@ def _result(cohort_best: int, other_best: int, height: float) -> dict[str, objec
             "a": (height - 0.01 * abs(levels - cohort_best)).tolist(),
             "b": (height + 0.1 - 0.01 * abs(levels - cohort_best)).tolist(),
         },
+        "synthetic": dict.fromkeys("st", (height + 0.2 - 0.01 * abs(levels - 9)).tolist()),
         "other": (0.7 - 0.01 * abs(levels - other_best)).tolist(),
         "healthy_ml": (20.0 - levels).tolist(),
     }
@@ -49,8 +50,9 @@ def test_thresholds_come_from_the_other_scanner() -> None:
 def test_table_holds_means_gains_and_bests() -> None:
     results = {"compact": _result(4, 7, 0.5), "another": _result(4, 4, 0.6)}
     text = study_text(results, command="run me", computer=_COMPUTER)
-    assert "| compact | 2.0 | 400 | 0.520 |  | 0.550 | 0.670 | 0.700 | 16.0 |" in text
+    assert "| compact | 2.0 | 400 | 0.520 |  | 0.550 | 0.670 | 0.700 | 16.0 | 0.700 |" in text
     assert "| another | 2.0 | 400 | 0.650 | +0.130 (+0.130 to +0.130) | 0.650 | 0.700 |" in text
+    assert "| 0.800 | +0.100 (+0.100 to +0.100) |" in text
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
