@@ -184,7 +184,7 @@ def _identity(name: str, steps: int) -> dict[str, Any]:
 
 
 def _probability(engine: WMHInferenceEngine, volume: Volume) -> NDArray[np.float32]:
-    settings = engine.settings(planes="one", tta="none", min_contrast=0.0)
+    settings = engine.settings(planes="one", tta="none", zoom=1.0, min_contrast=0.0)
     return engine.predict_maps(engine.prepare(volume), settings, structures=False).probability
 
 

@@ -1,7 +1,7 @@
 """How bright what a model finds, misses and finds falsely is beside the tissue around it.
 
     python -m benchmarks.contrast FLAIR.nii.gz MASK.nii.gz [--model NAME|FILE]
-        [--slices 5 [--skip 2]] [--min-contrast 0]
+        [--slices 5 [--skip 2]] [--min-contrast 0] [--zoom 1]
 
 Prints, as JSON, Dice and volumes, and of the voxels found by both, missed and false the 10th, 50th
 and 90th percentile of their brightness over the normal tissue within 15 mm
@@ -42,13 +42,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--min-contrast", type=float)
+    parser.add_argument("--zoom", type=float)
     options = parser.parse_args(arguments)
     scan = Volume.read(options.image)
     reference = (Volume.read(options.reference, allow_constant=True).data == 1).astype(np.float32)
     scan = thick_scan(replace(scan, data=scan.data[..., options.skip :]), options.slices)
     lesion = average_slices(reference[..., options.skip :], options.slices) >= 0.5
     engine = WMHInferenceEngine(load_model(options.model), "cpu")
-    result = engine.segment(scan, min_contrast=options.min_contrast)
+    result = engine.segment(scan, min_contrast=options.min_contrast, zoom=options.zoom)
     found = result.mask > 0
     brain = result.structure_masks["brain"] > 0
     normal = brain & ~(result.structure_masks["ventricles"] > 0) & ~lesion
@@ -60,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         "model": engine.model_description,
         "spacing_mm": [round(s, 2) for s in scan.spacing_mm],
         "min_contrast": result.settings["min_contrast"],
+        "zoom": result.settings["zoom"],
         "dice": round(dice(lesion, found), 4),
         "percentiles": PERCENTILES,
         **{

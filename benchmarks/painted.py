@@ -1,7 +1,7 @@
 """How much of lesions that are known, because they were painted into a scan, models find again.
 
     python -m benchmarks.painted FLAIR.nii.gz MASK.nii.gz --lesions DIR -o DIR
-        [--exclude SUBJECT] [--slices 5] [--model NAME|FILE]...
+        [--exclude SUBJECT] [--slices 5] [--zoom 1] [--model NAME|FILE]...
 
 Lays every lesion mask of ``--lesions`` (``*_mask.nii.gz``, in MNI152 space) into the scan beside
 the lesions of MASK, at about the brightness of those (`wmh_lora.data.real_painting`), and segments
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--exclude", action="append", default=[])
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--every", type=int, default=1, help="of the masks, by name")
+    parser.add_argument("--zoom", type=float, help="see wmh-lora segment; the model's by default")
     parser.add_argument("--model", action="append", default=[])
     options = parser.parse_args(arguments)
     masks = MaskBank.paths(options.lesions, tuple(options.exclude))[:: options.every]
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = []
     for model in options.model or ["default"]:
         engine = WMHInferenceEngine(load_model(model), "cpu")
-        scores = list(measure_scans(engine, options.output, names, options.slices))
+        scores = list(measure_scans(engine, options.output, names, options.slices, options.zoom))
         for band, means in by_load(scores).items():
             results.append({"model": model, "load": band, **means})
             rows.append([model, band, *(f"{value:.3g}" for value in means.values())])
@@ -102,7 +103,11 @@ def build_scans(image: Path, reference: Path, masks: Sequence[Path], output: Pat
 
 
 def measure_scans(
-    engine: WMHInferenceEngine, folder: Path, names: Sequence[str], slices: int
+    engine: WMHInferenceEngine,
+    folder: Path,
+    names: Sequence[str],
+    slices: int,
+    zoom: float | None = None,
 ) -> Iterator[ChallengeMetrics]:
     """Segment every scan and compare."""
     for name in names:
@@ -114,7 +119,7 @@ def measure_scans(
         )
         reference = np.where(lesion + other >= 0.5, OTHER_PATHOLOGY_LABEL, 0)
         reference[lesion >= 0.5] = WMH_LABEL
-        found = engine.segment(volume).mask
+        found = engine.segment(volume, zoom=zoom).mask
         metrics = evaluate(reference, found, volume.spacing_mm)
         sys.stderr.write(f"{name} {metrics}\n")
         yield metrics

@@ -57,7 +57,7 @@ def write_shifted(model: Path, target: Path, shifts: dict[str, float]) -> None:
 def agreement(model: Path, data: Path) -> dict[str, float]:
     """Mean Dice of each structure over the scans that have a manual mask of it."""
     engine = WMHInferenceEngine(load_model(model), "cpu")
-    settings = engine.settings(planes="one", tta="none")
+    settings = engine.settings(planes="one", tta="none", zoom=1.0)
     scores: dict[str, list[float]] = {name: [] for name in STRUCTURES}
     for image in bids_images(data):
         volume = Volume.read(image)

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
     engine = WMHInferenceEngine(load_model(given.model), "cpu")
-    settings = engine.settings(planes="one", tta="none")
+    settings = engine.settings(planes="one", tta="none", zoom=1.0)
     counts = []
     for case in cases_of_folders(given.images, given.references):
         volume = Volume.read(case.image)

@@ -182,12 +182,15 @@ class InferenceConfig:
     threshold_three_planes : float or None
         ``threshold`` of scans that are seen in three planes: at borders, where planes differ, their
         mean is lower than what one plane gives. None is the same.
+    zoom : float
+        Above 1, slices with evidence of a lesion are seen once more, so many times larger, and what
+        is found is averaged; at most 2.
     batch_size : int
         Slices sent through the network at once. Changes memory and speed, not results.
     adaptive : bool
-        Compute no slices without a head, and show the further views of `tta` only slices in or
-        beside which the first view finds evidence of a lesion. An approximation, see
-        docs/speed.md.
+        Compute no slices without a head, and show the further views of `tta`, planes and `zoom`
+        only slices in or beside which the first view finds evidence of a lesion. An approximation,
+        see docs/speed.md.
     precision : {"auto", "float32", "bfloat16"}
         Of the network's products. ``"auto"`` takes half precision where the processor computes in
         it, which is an approximation as well.
@@ -203,6 +206,7 @@ class InferenceConfig:
     tta: TtaMode = "none"
     planes: PlaneMode = "one"
     threshold_three_planes: float | None = None
+    zoom: float = 1.0
     batch_size: int = 2
     adaptive: bool = True
     precision: Precision = "float32"
@@ -222,6 +226,7 @@ class InferenceConfig:
         require(self.tta in TTA_MODES, "tta", f"one of {', '.join(TTA_MODES)}", self.tta)
         known = typing.get_args(PlaneMode)
         require(self.planes in known, "planes", " or ".join(known), self.planes)
+        require(1.0 <= self.zoom <= 2.0, "zoom", "from 1 to 2", self.zoom)
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         known = typing.get_args(Precision)
         require(self.precision in known, "precision", " or ".join(known), self.precision)

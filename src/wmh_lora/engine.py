@@ -22,8 +22,8 @@ from wmh_lora.config import InferenceConfig, PreprocessConfig, TtaMode
 from wmh_lora.engine_brain import below_skull, within_brain
 from wmh_lora.engine_contrast import without_haze
 from wmh_lora.engine_device import NetworkOnDevice, choose_device, choose_dtype, device_errors
-from wmh_lora.engine_memory import ScanSize, planes_within
-from wmh_lora.engine_planes import Stack, average_planes, whole_stack
+from wmh_lora.engine_looks import Stack, average_looks, whole_stack
+from wmh_lora.engine_memory import ScanSize, looks_within
 from wmh_lora.engine_scan import (
     Scan,
     ScanMaps,
@@ -247,6 +247,7 @@ class WMHInferenceEngine:
                 "min_contrast": config.min_contrast,
                 "tta": config.tta,
                 "planes": config.planes,
+                "zoom": config.zoom,
                 "t1": second is not None,
                 "register_t1": second is not None and register_t1,
                 "adaptive": config.adaptive,
@@ -289,7 +290,7 @@ class WMHInferenceEngine:
             The FLAIR scan.
         use_tta : bool
             Average the eight views of the dihedral group, all of them of every slice; otherwise
-            use one view.
+            use one view. Planes and `zoom` are those of the model.
 
         Returns
         -------
@@ -433,11 +434,13 @@ class WMHInferenceEngine:
         views = VIEWS[config.tta]
         batch_size = config.batch_size
         planes = 3 if config.planes == "all" and prepared.view.is_isotropic else 1
+        looks = planes + (config.zoom > 1.0)
         if config.max_memory is not None:
-            scan = ScanSize.of(prepared, views=len(views), planes=planes)
-            planes, batch_size = planes_within(config.max_memory, scan, self._encoder, batch_size)
+            scan = ScanSize.of(prepared, views=len(views), looks=looks, zoom=config.zoom)
+            looks, batch_size = looks_within(config.max_memory, scan, self._encoder, batch_size)
+            planes = min(planes, looks)
         dtype = choose_dtype(self.device, config.precision)
-        steps = None if progress is None else JoinedProgress(progress, planes)
+        steps = None if progress is None else JoinedProgress(progress, looks)
 
         def see(stack: Stack, shown: NDArray[np.bool_] | None) -> SliceMaps:
             return average_views(
@@ -451,8 +454,16 @@ class WMHInferenceEngine:
             )
 
         maps = see(slices, prepared.shows_head)
-        if planes > 1:
-            maps = average_planes(slices, prepared, maps, see, evidence_only=config.adaptive)
+        if looks > 1:
+            maps = average_looks(
+                slices,
+                prepared,
+                maps,
+                see,
+                planes=planes,
+                zoom=config.zoom,
+                evidence_only=config.adaptive,
+            )
         pixel_mm = prepared.config.pixel_size_mm
         maps = within_brain(maps, pixel_mm)
         maps = below_skull(maps, prepared)

@@ -24,7 +24,7 @@ from wmh_lora.config import TtaMode
 from wmh_lora.config_reading import to_dict
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.engine_device import choose_device, choose_dtype
-from wmh_lora.engine_planes import Stack
+from wmh_lora.engine_looks import Stack
 from wmh_lora.engine_views import Look, Seen, ViewKey
 from wmh_lora.errors import DataError
 from wmh_lora.files import image_stem, open_atomic, write_failure
@@ -91,6 +91,7 @@ class ProbabilityMaps:
             "preprocess": to_dict(card.preprocess),
             "device": self._device.type,
             "planes": card.inference.planes,
+            "zoom": card.inference.zoom,
             "min_contrast": card.inference.min_contrast,
             "shortcuts": [
                 card.inference.adaptive,
@@ -166,8 +167,8 @@ class _EachViewOnce(WMHInferenceEngine):
         look = super()._look(stack, dtype)
 
         def look_once(indices: Sequence[int], view: ViewKey) -> Seen:
-            # where a further plane is cut depends on what all views of the first have found
-            key = (stack.plane, stack.slices.shape[1:], stack.rows, stack.columns, view)
+            # where a further look is cut depends on what all views of the first have found
+            key = (stack.plane, stack.zoom, stack.slices.shape[1:], stack.rows, stack.columns, view)
             if any((*key, index) not in self._kept for index in indices):
                 for index, part in zip(indices, look(indices, view).split(), strict=True):
                     self._kept[(*key, index)] = part

@@ -18,7 +18,7 @@ from wmh_lora.logs import LOGGER
 from wmh_lora.preprocess import Prepared
 from wmh_lora.sizes import format_size, parse_size
 
-__all__ = ["ScanSize", "batch_within", "planes_within", "resident_bytes"]
+__all__ = ["ScanSize", "batch_within", "looks_within", "resident_bytes"]
 
 # Bytes a pixel of a slice, float32; encoders that are not listed count as the hungriest.
 _ACTIVATIONS = {"compact": 1200, "medsam-vit-b": 900, "sam-vit-b": 900}
@@ -41,35 +41,41 @@ class ScanSize:
         Slices on the network's grid, and pixels of each.
     views : int
         In which a slice is seen.
-    planes : int
-        In which the scan is seen.
+    looks : int
+        As prepared, in further planes, larger.
+    zoom : float
+        How many times larger.
     """
 
     voxels: int
     slices: int
     pixels: int
     views: int
-    planes: int = 1
+    looks: int = 1
+    zoom: float = 1.0
 
     @classmethod
-    def of(cls, prepared: Prepared, views: int, planes: int = 1) -> ScanSize:
+    def of(cls, prepared: Prepared, views: int, looks: int = 1, zoom: float = 1.0) -> ScanSize:
         """Take the sizes of a prepared scan."""
         slices, height, width = prepared.slices.shape
-        return cls(math.prod(prepared.view.shape_native), slices, height * width, views, planes)
+        voxels = math.prod(prepared.view.shape_native)
+        return cls(voxels, slices, height * width, views, looks, zoom)
 
     @property
     def grid_bytes(self) -> int:
         """Maps on the network's grid: probability, two structures in a byte each, deviation.
 
-        Of several planes, also three sums, the turned slices and what was found in them.
+        Of several looks, also three sums, the turned or larger slices and what was found in them.
         """
-        a_pixel = (6 if self.views == 1 else 10) + (0 if self.planes == 1 else 40)
-        return a_pixel * self.slices * self.pixels
+        a_pixel = 6.0 if self.views == 1 else 10.0
+        if self.looks > 1:
+            a_pixel += 20.0 + 20.0 * self.zoom**2
+        return math.ceil(a_pixel * self.slices * self.pixels)
 
     @property
     def native_bytes(self) -> int:
         """Maps on the scan's grid, three masks among them, and room for comparisons."""
-        return (9 if self.views * self.planes == 1 else 13) * self.voxels
+        return (9 if self.views * self.looks == 1 else 13) * self.voxels
 
 
 def batch_within(max_memory: str, scan: ScanSize, encoder: str, wanted: int) -> int:
@@ -107,10 +113,10 @@ def batch_within(max_memory: str, scan: ScanSize, encoder: str, wanted: int) -> 
     return batch
 
 
-def planes_within(max_memory: str, scan: ScanSize, encoder: str, wanted: int) -> tuple[int, int]:
-    """Return in how many planes a scan can be seen within a limit, and the batch for them.
+def looks_within(max_memory: str, scan: ScanSize, encoder: str, wanted: int) -> tuple[int, int]:
+    """Return in how many looks a scan can be seen within a limit, and the batch for them.
 
-    Where there is no room for all planes there may be for one, which is said in a warning.
+    Where there is no room for all looks there may be for one, which is said in a warning.
 
     Parameters
     ----------
@@ -120,18 +126,18 @@ def planes_within(max_memory: str, scan: ScanSize, encoder: str, wanted: int) ->
     Raises
     ------
     ConfigError
-        If one slice of one plane at a time is too much.
+        If one slice of one look at a time is too much.
     """
     try:
-        return scan.planes, batch_within(max_memory, scan, encoder, wanted)
+        return scan.looks, batch_within(max_memory, scan, encoder, wanted)
     except ConfigError:
-        if scan.planes == 1:
+        if scan.looks == 1:
             raise
-    batch = batch_within(max_memory, replace(scan, planes=1), encoder, wanted)
+    batch = batch_within(max_memory, replace(scan, looks=1), encoder, wanted)
     LOGGER.warning(
-        "Memory of %s has no room for %d planes; the scan is seen in one alone.",
+        "Memory of %s has no room for %d looks; the scan is seen once, in one plane.",
         max_memory,
-        scan.planes,
+        scan.looks,
     )
     return 1, batch
 

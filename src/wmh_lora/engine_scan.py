@@ -44,7 +44,7 @@ class ScanMaps:
     probability : float32 array
         Of lesion, in steps of 1/4096.
     uncertainty : float32 array or None
-        Standard deviation over the views; None for a single one.
+        Standard deviation over views and looks; None for a single one.
     structure_masks : dict of str to uint8 array
         Ventricles and brain, as far as the network has them.
     planes : int

@@ -89,6 +89,7 @@ def test_settings_from_before_there_were_more_keep_their_meaning() -> None:
         ({"threshold": 1.5}, "between 0 and 1"),
         ({"threshold": float("nan")}, "between 0 and 1"),
         ({"threshold_three_planes": 0.0}, "'threshold_three_planes' must be between 0 and 1"),
+        ({"zoom": 0.8}, "'zoom' must be from 1 to 2"),
         ({"min_voxels": 2.5}, "whole number"),
         ({"tta": "rotate"}, "one of none, flip, d4"),
     ],

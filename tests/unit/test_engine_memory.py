@@ -13,7 +13,7 @@ import pytest
 from tests.phantoms import brightness_model, head
 from wmh_lora import engine_memory
 from wmh_lora.engine import WMHInferenceEngine
-from wmh_lora.engine_memory import ScanSize, batch_within, planes_within, resident_bytes
+from wmh_lora.engine_memory import ScanSize, batch_within, looks_within, resident_bytes
 from wmh_lora.errors import ConfigError
 from wmh_lora.logs import collect_warnings
 from wmh_lora.sizes import format_size, parse_size
@@ -50,15 +50,23 @@ def test_views_take_memory_and_leaving_them_out_is_advised() -> None:
         batch_within("310M", several, "compact", 1)
 
 
-def test_without_room_for_all_planes_one_is_seen_and_it_is_said() -> None:
-    isotropic = ScanSize(voxels=512 * 512 * 400, slices=400, pixels=208 * 176, views=1, planes=3)
+def test_a_larger_look_takes_more_memory() -> None:
+    plain, again, larger = (
+        ScanSize(SCAN.voxels, SCAN.slices, SCAN.pixels, 1, looks, zoom).grid_bytes
+        for looks, zoom in ((1, 1.0), (2, 1.0), (2, 1.5))
+    )
+    assert plain < again < larger
+
+
+def test_without_room_for_all_looks_one_is_seen_and_it_is_said() -> None:
+    isotropic = ScanSize(voxels=512 * 512 * 400, slices=400, pixels=208 * 176, views=1, looks=3)
     with collect_warnings() as warnings:
-        assert planes_within("8G", isotropic, "compact", 2) == (3, 2)
+        assert looks_within("8G", isotropic, "compact", 2) == (3, 2)
         assert not warnings
-        assert planes_within("2G", isotropic, "compact", 2) == (1, 2)
-    assert "no room for 3 planes" in warnings[0]
+        assert looks_within("2G", isotropic, "compact", 2) == (1, 2)
+    assert "no room for 3 looks" in warnings[0]
     with pytest.raises(ConfigError, match="one slice at a time"):
-        planes_within("400M", isotropic, "compact", 2)
+        looks_within("400M", isotropic, "compact", 2)
 
 
 def test_engine_takes_smaller_batches_and_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

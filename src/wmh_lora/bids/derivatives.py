@@ -41,6 +41,7 @@ _RECORDED = (
     "min_contrast",
     "tta",
     "planes",
+    "zoom",
     "adaptive",
     "precision",
 )
@@ -97,6 +98,7 @@ def settings_record(
         "MinimumLesionContrast": inference.min_contrast,
         "TestTimeAugmentation": inference.tta,
         "Planes": inference.planes,
+        "Zoom": inference.zoom,
         "Adaptive": inference.adaptive,
         "Precision": inference.precision,
         "Model": {

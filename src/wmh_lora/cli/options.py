@@ -30,6 +30,7 @@ class Options:
     register_t1: bool = False
     tta: TtaMode | None = None
     planes: PlaneMode | None = None
+    zoom: float | None = None
     threshold: float | None = None
     min_voxels: int | None = None
     min_peak: float | None = None

@@ -46,6 +46,12 @@ _INFERENCE_OPTIONS = (
         help="all: average three planes of scans that are as fine in each; longer, more reliable.",
     ),
     click.option(
+        "--zoom",
+        type=click.FloatRange(1, 2),
+        metavar="X",
+        help="See slices with evidence of a lesion once more, so many times larger; 1 does not.",
+    ),
+    click.option(
         "--adaptive/--no-adaptive",
         default=None,
         help="Compute no slices without head, and further views only near evidence of a lesion.",

@@ -266,6 +266,8 @@ def _views(settings: Mapping[str, Any]) -> str:
     text = _VIEWS.get(views, views)
     if settings.get("planes") == "all":
         text = f"{text}, in all planes of isotropic scans"
+    if settings.get("zoom", 1.0) > 1.0:
+        text = f"{text}, evidence once more {settings['zoom']:g} times larger"
     # slices without evidence of a lesion were then seen in one view
     return f"{text}, adaptive" if settings.get("adaptive") and views != "none" else text
 

@@ -1,4 +1,4 @@
-"""Planes are turned as a scan is viewed, and their answers are averaged where they belong."""
+"""Planes are turned as a scan is viewed; what further looks find is averaged in its place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tests.phantoms import brightness_model
 from wmh_lora.config import PreprocessConfig
 from wmh_lora.engine import WMHInferenceEngine
-from wmh_lora.engine_planes import See, Stack, average_planes, whole_stack
+from wmh_lora.engine_looks import See, Stack, average_looks, whole_stack
 from wmh_lora.engine_views import SliceMaps
 from wmh_lora.models.registry import Model
 from wmh_lora.preprocess import Prepared, preprocess
@@ -55,9 +55,17 @@ def seen_as_bright(stack: Stack, shown: NDArray[np.bool_] | None) -> SliceMaps:
     return SliceMaps(probability, None, {})
 
 
-def _average(prepared: Prepared, first: SliceMaps, see: See, *, evidence_only: bool) -> SliceMaps:
+def _average(
+    prepared: Prepared, first: SliceMaps, see: See, *, evidence_only: bool, **looks: Any
+) -> SliceMaps:
     stack = whole_stack(prepared)
-    return average_planes(stack, prepared, first, see, evidence_only=evidence_only)
+    looks = looks or {"planes": 3}
+    return average_looks(stack, prepared, first, see, evidence_only=evidence_only, **looks)
+
+
+def as_shown(stack: Stack, shown: NDArray[np.bool_] | None) -> SliceMaps:
+    """What a network would say that repeats its picture."""
+    return SliceMaps(stack.slices.copy(), None, {})
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SLA"])
@@ -94,26 +102,19 @@ def test_a_plane_is_prepared_like_the_usual_one() -> None:
 def test_planes_that_agree_change_nothing(evidence_only: bool, plane: Plane) -> None:
     prepared = preprocess(isotropic_head(), CONFIG, plane)
     first = seen_as_bright(whole_stack(prepared), None)
-    averaged = average_planes(
-        whole_stack(prepared), prepared, first, seen_as_bright, evidence_only=evidence_only
-    )
+    averaged = _average(prepared, first, seen_as_bright, evidence_only=evidence_only)
     np.testing.assert_allclose(averaged.probability, first.probability, atol=1e-6)
     assert averaged.deviation is not None
     assert averaged.deviation.max() < 1e-3
     assert (first.probability > 0.9).sum() > 100
 
 
-def test_slices_of_another_thickness_come_back_in_place() -> None:
-    volume = isotropic_head((2.0, 3.0, 4.0))
-    config = dataclasses.replace(CONFIG, pixel_size_mm=3.0)
-    prepared = preprocess(volume, config)
+@pytest.mark.parametrize("looks", [{"planes": 3}, {"zoom": 1.2}, {"zoom": 2.0}])
+def test_slices_on_another_grid_come_back_in_place(looks: dict[str, Any]) -> None:
+    prepared = preprocess(isotropic_head((2.0, 3.0, 4.0)), CONFIG)
     assert prepared.view.is_isotropic
-
-    def as_shown(stack: Stack, shown: NDArray[np.bool_] | None) -> SliceMaps:
-        return SliceMaps(stack.slices.copy(), None, {})
-
     first = SliceMaps(prepared.slices.copy(), None, {})
-    averaged = _average(prepared, first, as_shown, evidence_only=False)
+    averaged = _average(prepared, first, as_shown, evidence_only=False, **looks)
     inner = (slice(6, -6), slice(16, -16), slice(16, -16))
     difference = np.abs(averaged.probability[inner] - first.probability[inner])
     assert difference.mean() < 0.01
@@ -124,22 +125,67 @@ def test_what_a_plane_alone_has_found_is_outvoted() -> None:
     first = seen_as_bright(whole_stack(prepared), None)
     index = np.argwhere((prepared.slices > 0.35) & (prepared.slices < 0.45))[500]
     first.probability[tuple(index)] = 1.0
-    averaged = average_planes(
-        whole_stack(prepared), prepared, first, seen_as_bright, evidence_only=True
-    )
+    averaged = _average(prepared, first, seen_as_bright, evidence_only=True)
     assert averaged.probability[tuple(index)] == pytest.approx(1 / 3, abs=0.01)
     assert averaged.deviation is not None
     assert averaged.deviation[tuple(index)] == pytest.approx(np.sqrt(2) / 3, abs=0.01)
 
 
-def test_without_evidence_no_further_plane_is_seen() -> None:
+def test_what_disappears_from_closer_by_is_halved() -> None:
+    prepared = preprocess(isotropic_head(), CONFIG)
+    first = seen_as_bright(whole_stack(prepared), None)
+    alone = first.probability.copy()
+    normal = (prepared.slices > 0.35) & (prepared.slices < 0.45)
+    place = (slice(20, 21), slice(12, 20), slice(12, 20))
+    assert normal[place].all()
+    first.probability[place] = 1.0
+    averaged = _average(prepared, first, seen_as_bright, evidence_only=True, zoom=1.25)
+    np.testing.assert_allclose(averaged.probability[place], 0.5, atol=0.01)
+    assert averaged.deviation is not None
+    np.testing.assert_allclose(averaged.deviation[place], 0.5, atol=0.01)
+    sure = alone > 0.999
+    assert sure.sum() > 100
+    assert averaged.probability[sure].min() > 0.5
+
+
+def test_closer_by_only_evidence_is_seen_with_a_margin_around_it() -> None:
+    prepared = preprocess(isotropic_head(), CONFIG)
+    first = SliceMaps(np.zeros(prepared.slices.shape, np.float32), None, {})
+    first.probability[20, 30:32, 24:26] = 0.2
+    shown: list[tuple[Stack, NDArray[np.bool_]]] = []
+
+    def see(stack: Stack, marked: NDArray[np.bool_]) -> SliceMaps:
+        shown.append((stack, marked))
+        probability = np.full(stack.slices.shape, 0.6, np.float32)
+        probability[~marked] = 0.0
+        return SliceMaps(probability, None, {})
+
+    averaged = _average(prepared, first, see, evidence_only=True, zoom=1.5)
+    ((stack, marked),) = shown
+    assert (stack.plane, stack.context_offset) == (prepared.view.plane, prepared.context_offset)
+    assert np.flatnonzero(marked).tolist() == [20]
+    np.testing.assert_allclose(averaged.probability[20, 30:32, 24:26], 0.4, atol=1e-6)
+    margin_px = 16 * 1.5 / 3  # on each side
+    for start, size, first_px in (
+        (stack.rows, stack.slices.shape[1], 30),
+        (stack.columns, stack.slices.shape[2], 24),
+    ):
+        assert start <= 1.5 * first_px - margin_px + 1
+        assert start + size >= 1.5 * (first_px + 2) + margin_px - 1
+        assert size % CONFIG.multiple_px == 0
+    untouched = np.arange(len(marked)) != 20
+    assert not averaged.probability[untouched].any()
+
+
+@pytest.mark.parametrize("looks", [{"planes": 3}, {"zoom": 1.2}, {"planes": 3, "zoom": 1.2}])
+def test_without_evidence_nothing_further_is_seen(looks: dict[str, Any]) -> None:
     prepared = preprocess(isotropic_head(), CONFIG)
     first = SliceMaps(np.full(prepared.slices.shape, 0.05, np.float32), None, {})
 
     def refuse(stack: Stack, shown: NDArray[np.bool_] | None) -> SliceMaps:
         raise AssertionError(f"{stack.plane} was shown")
 
-    averaged = _average(prepared, first, refuse, evidence_only=True)
+    averaged = _average(prepared, first, refuse, evidence_only=True, **looks)
     np.testing.assert_allclose(averaged.probability, 0.05, atol=1e-6)
 
 
@@ -164,21 +210,22 @@ def _model(**inference: object) -> Model:
     return dataclasses.replace(model, net=PlaneNet(), card=card)
 
 
-@pytest.mark.parametrize("tta", ["none", "flip"])
-def test_the_engine_sees_isotropic_scans_in_all_planes(tta: str) -> None:
+@pytest.mark.parametrize(("tta", "zoom"), [("none", 1.0), ("flip", 1.0), ("none", 1.2)])
+def test_the_engine_sees_isotropic_scans_in_all_planes(tta: str, zoom: float) -> None:
     steps: list[tuple[int, int]] = []
     volume = isotropic_head()
     one = WMHInferenceEngine(_model(tta=tta), "cpu").segment(volume)
-    model = _model(tta=tta, planes="all")
+    model = _model(tta=tta, planes="all", zoom=zoom)
     found = WMHInferenceEngine(model, "cpu").segment(
         volume, progress=lambda done, total: steps.append((done, total))
     )
-    np.testing.assert_allclose(found.probability, one.probability, atol=1e-3)
-    np.testing.assert_array_equal(found.mask, one.mask)
+    if zoom == 1.0:
+        np.testing.assert_allclose(found.probability, one.probability, atol=1e-3)
+        np.testing.assert_array_equal(found.mask, one.mask)
     for box in LESIONS:
         assert found.mask[box].all()
     assert found.uncertainty is not None
-    assert found.settings["planes"] == "all"
+    assert (found.settings["planes"], found.settings["zoom"]) == ("all", zoom)
     whole, *cut = dict.fromkeys(shape[2:] for shape in model.net.seen)  # type: ignore[union-attr]
     assert cut
     assert all(height * width < whole[0] * whole[1] for height, width in cut)
@@ -191,6 +238,34 @@ def test_thick_slices_are_seen_in_their_own_plane_alone() -> None:
     engine = WMHInferenceEngine(_model(planes="all"), "cpu")
     assert not engine.prepare(volume).view.is_isotropic
     assert engine.segment(volume).uncertainty is None
+
+
+def test_thick_slices_are_seen_from_closer_by() -> None:
+    volume = isotropic_head()
+    model = _model(zoom=1.2)  # one plane
+    found = WMHInferenceEngine(model, "cpu").segment(volume)
+    assert found.settings["zoom"] == 1.2
+    assert found.uncertainty is not None
+    for box in LESIONS:
+        assert found.mask[box].mean() > 0.9
+    whole, closer = dict.fromkeys(shape[2:] for shape in model.net.seen)  # type: ignore[union-attr]
+    assert closer[0] * closer[1] < whole[0] * whole[1]
+    once = WMHInferenceEngine(model, "cpu").segment(volume, zoom=1)
+    assert once.uncertainty is None
+
+
+def test_without_memory_for_further_looks_the_scan_is_seen_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    volume = isotropic_head()
+    engine = WMHInferenceEngine(_model(planes="all", zoom=1.2), "cpu")
+    monkeypatch.setattr("wmh_lora.engine_memory.resident_bytes", lambda: 0)
+    monkeypatch.setattr("wmh_lora.engine_memory._OVERHEAD_BYTES", 0)
+    limited = engine.segment(volume, max_memory="20M")
+    assert any("seen once" in warning for warning in limited.warnings)
+    assert limited.uncertainty is None
+    once = engine.segment(volume, planes="one", zoom=1)
+    np.testing.assert_array_equal(limited.probability, once.probability)
 
 
 @pytest.mark.parametrize(
@@ -212,15 +287,16 @@ def test_three_planes_have_a_threshold_of_their_own(
     np.testing.assert_array_equal(found.mask, found.probability >= np.float32(expected))
 
 
-def test_whole_planes_and_evidence_alone_give_the_same_mask() -> None:
+@pytest.mark.parametrize("looks", [{"planes": "all"}, {"zoom": 1.2}])
+def test_whole_looks_and_evidence_alone_give_the_same_mask(looks: dict[str, Any]) -> None:
     volume = isotropic_head()
-    engine = WMHInferenceEngine(_model(planes="all"), "cpu")
+    engine = WMHInferenceEngine(_model(**looks), "cpu")
     quick, whole = (engine.segment(volume, adaptive=adaptive) for adaptive in (True, False))
     np.testing.assert_array_equal(quick.mask, whole.mask)
 
 
 @pytest.mark.parametrize("evidence_only", [True, False])
-def test_a_t1_is_turned_with_the_scan(evidence_only: bool) -> None:
+def test_a_t1_is_turned_and_enlarged_with_the_scan(evidence_only: bool) -> None:
     prepared = preprocess(isotropic_head(), CONFIG)
     t1 = 1.0 - prepared.slices
     shown = []
@@ -229,9 +305,17 @@ def test_a_t1_is_turned_with_the_scan(evidence_only: bool) -> None:
         assert stack.t1 is not None
         inside = stack.slices > 0  # beyond the picture both are zero
         np.testing.assert_allclose(stack.t1[inside], 1.0 - stack.slices[inside], atol=1e-6)
-        shown.append(stack.plane)
+        shown.append((stack.plane, stack.zoom))
         return seen_as_bright(stack, marked)
 
     first = seen_as_bright(whole_stack(prepared), None)
-    average_planes(whole_stack(prepared, t1), prepared, first, see, evidence_only=evidence_only)
-    assert shown == ["coronal", "sagittal"]
+    average_looks(
+        whole_stack(prepared, t1),
+        prepared,
+        first,
+        see,
+        planes=3,
+        zoom=1.2,
+        evidence_only=evidence_only,
+    )
+    assert shown == [("coronal", 1.0), ("sagittal", 1.0), ("axial", 1.2)]

@@ -1,16 +1,17 @@
-"""A scan that is as fine in every plane, seen in axial, coronal and sagittal slices.
+"""Further looks at a scan: in the other planes, if it is as fine in each, and from closer by.
 
 In a slice, a gyrus that rises through it looks like a separate bright focus; in another plane the
 same gyrus is seen whole. A network that looks at slices is therefore asked in all three planes,
 and its answers are averaged (a 2.5-D ensemble, as in Henschel et al., NeuroImage 219:117012, 2020).
+Shown larger, a small lesion covers more of the network's pixels, and its errors are others.
 
-Stacks of the further planes are turned out of the prepared scan itself, so that all of them share
-its intensities and its grid.
+Stacks of the further looks are made of the prepared scan itself, so that all of them share its
+intensities and come back to its grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ from wmh_lora.engine_views import EVIDENCE, SliceMaps
 from wmh_lora.preprocess import Prepared
 from wmh_lora.view import PLANES, Axis, Plane, resampling_matrix, turn_planes
 
-__all__ = ["Stack", "average_planes", "whole_stack"]
+__all__ = ["Stack", "average_looks", "whole_stack"]
 
 FloatArray = NDArray[np.float32]
 
@@ -46,6 +47,8 @@ class Stack:
         (S, H, W) in [0, 1], a T1 on the same grid; None if there is none.
     rows, columns
         First row and column on the whole plane; tells two cuts of it apart.
+    zoom
+        How many times larger than prepared the slices are.
     """
 
     plane: Plane
@@ -54,6 +57,7 @@ class Stack:
     t1: FloatArray | None = None
     rows: int = 0
     columns: int = 0
+    zoom: float = 1.0
 
 
 #: Sees those slices of a stack that are marked (S,).
@@ -65,29 +69,40 @@ def whole_stack(prepared: Prepared, t1: FloatArray | None = None) -> Stack:
     return Stack(prepared.view.plane, prepared.slices, prepared.context_offset, t1)
 
 
-def average_planes(
-    slices: Stack, prepared: Prepared, first: SliceMaps, see: See, *, evidence_only: bool
+def average_looks(
+    slices: Stack,
+    prepared: Prepared,
+    first: SliceMaps,
+    see: See,
+    *,
+    planes: int = 1,
+    zoom: float = 1.0,
+    evidence_only: bool,
 ) -> SliceMaps:
-    """Average what the network says of a scan in the plane that it was prepared in and the others.
+    """Average what the network says of a scan as it was prepared and in further looks.
 
     Parameters
     ----------
     slices, prepared
         The scan, from `whole_stack`.
     first
-        What was found in its own plane.
+        What was found in the slices as they were prepared.
     see
-        Shows slices of another plane.
+        Shows slices of another stack.
+    planes
+        3 adds the two other planes.
+    zoom
+        Above 1 adds the prepared plane's slices, so many times larger.
     evidence_only
-        Show of the other planes only slices with evidence of lesion in the first, cut to where
-        there is some; what they leave out keeps the first plane's probability, which is below
+        Show in further looks only slices with evidence of lesion in the first, cut to where
+        there is some; what they leave out keeps the first look's probability, which is below
         `wmh_lora.engine_views.EVIDENCE`. Otherwise they are shown whole.
 
     Returns
     -------
     SliceMaps
         On the prepared scan's grid: mean probability, and its standard deviation over all views of
-        all planes; structures are those of the first plane.
+        all looks; structures are those of the first.
     """
     total = first.probability.copy()
     square = first.probability**2
@@ -95,55 +110,110 @@ def average_planes(
         square += first.deviation**2
     seen = np.ones_like(total)
     evidence = first.probability >= EVIDENCE if evidence_only else None
-    for stack, marked, place in _other_stacks(slices, prepared, evidence):
-        maps = see(stack, marked)
-        deviation = maps.deviation
-        spread = maps.probability**2 + (0.0 if deviation is None else deviation**2)
-        shown = np.broadcast_to(marked[:, None, None], stack.slices.shape).astype(np.float32)
-        for sum_of, part in ((total, maps.probability), (square, spread), (seen, shown)):
-            sum_of += place(part)
+    if evidence is None or evidence.any():
+        for look in _further_looks(slices, prepared, planes, zoom):
+            stack, marked, window = look.stack(slices, evidence, prepared.config)
+            maps = see(stack, marked)
+            total += look.back(window.place(maps.probability))
+            spread = maps.probability**2
+            if maps.deviation is not None:
+                spread += maps.deviation**2
+            square += look.back(window.place(spread))
+            shown = np.broadcast_to(marked[:, None, None], stack.slices.shape)
+            seen += look.back(window.place(shown))
     total /= seen
     square /= seen
     deviation = np.sqrt(np.maximum(square - total**2, 0.0))
     return SliceMaps(total, deviation.astype(np.float32), first.structures)
 
 
-def _other_stacks(
-    slices: Stack, prepared: Prepared, evidence: NDArray[np.bool_] | None
-) -> Iterator[tuple[Stack, NDArray[np.bool_], Callable[[FloatArray], FloatArray]]]:
-    """Yield a stack a plane, its slices to be shown, and what brings its maps back."""
-    config, spacing_mm = prepared.config, prepared.view.spacing_mm[0]
-    pixel_mm = config.pixel_size_mm
+@dataclass(frozen=True)
+class _Further:
+    """A look at the whole of a prepared scan on another grid.
+
+    Attributes
+    ----------
+    plane, context_offset, zoom
+        See `Stack`.
+    reach
+        Slices that are shown on either side of one with evidence.
+    there, back
+        Bring (S, H, W) of the prepared scan to the other grid, and what is found there back.
+    """
+
+    plane: Plane
+    context_offset: int
+    reach: int
+    there: Callable[[FloatArray], FloatArray]
+    back: Callable[[FloatArray], FloatArray]
+    zoom: float = 1.0
+
+    def stack(
+        self, slices: Stack, evidence: NDArray[np.bool_] | None, config: PreprocessConfig
+    ) -> tuple[Stack, NDArray[np.bool_], _Window]:
+        """Return what is to be shown, which of its slices, and where it lies on the other grid."""
+        grid = self.there(slices.slices)
+        marked, window = np.ones(len(grid), np.bool_), _Window.whole(grid.shape)
+        if evidence is not None:
+            where = self.there(evidence.astype(np.float32)) > 0.0
+            margin = round(_MARGIN_MM * self.zoom / config.pixel_size_mm)
+            marked, window = _near(where, self.reach, margin)
+        window = window.fitted(config.multiple_px)
+        stack = Stack(
+            self.plane,
+            window.cut(grid),
+            self.context_offset,
+            None if slices.t1 is None else window.cut(self.there(slices.t1)),
+            window.top,
+            window.left,
+            self.zoom,
+        )
+        return stack, marked, window
+
+
+def _further_looks(
+    slices: Stack, prepared: Prepared, planes: int, zoom: float
+) -> Iterator[_Further]:
+    if planes > 1:
+        for plane in PLANES:
+            if plane != slices.plane:
+                yield _turned(slices, prepared, plane)
+    if zoom > 1.0:
+        yield _larger(slices, zoom)
+
+
+def _turned(slices: Stack, prepared: Prepared, plane: Plane) -> _Further:
+    pixel_mm, spacing_mm = prepared.config.pixel_size_mm, prepared.view.spacing_mm[0]
     count = len(slices.slices)
     # between the slices as they lie and steps of one pixel along them
     acquired = Axis(0.0, spacing_mm, count)
     pixels = Axis(0.0, pixel_mm, max(1, round(count * spacing_mm / pixel_mm)))
-    there, back = resampling_matrix(acquired, pixels), resampling_matrix(pixels, acquired)
-    grid = _along(there, slices.slices)
-    t1 = None if slices.t1 is None else _along(there, slices.t1)
-    where = None if evidence is None else _along(there, evidence.astype(np.float32)) > 0.0
-    if where is not None and not where.any():
-        return
-    for plane in PLANES:
-        if plane == slices.plane:
-            continue
-        turned = turn_planes(grid, slices.plane, plane)
-        marked, window = np.ones(len(turned), np.bool_), _Window.whole(turned.shape)
-        if where is not None:
-            marked, window = _near(turn_planes(where, slices.plane, plane), config)
-        window = window.fitted(config.multiple_px)
-        second = None
-        if t1 is not None:
-            second = window.cut(turn_planes(t1, slices.plane, plane))
-        offset = max(1, round(config.context_mm / pixel_mm))
-        stack = Stack(plane, window.cut(turned), offset, second, window.top, window.left)
+    stretch, shrink = resampling_matrix(acquired, pixels), resampling_matrix(pixels, acquired)
+    offset = max(1, round(prepared.config.context_mm / pixel_mm))
+    return _Further(
+        plane,
+        offset,
+        reach=offset,
+        there=lambda maps: turn_planes(_along(stretch, maps), slices.plane, plane),
+        back=lambda maps: _along(shrink, turn_planes(maps, plane, slices.plane)),
+    )
 
-        def place(
-            maps: FloatArray, *, plane: Plane = plane, window: _Window = window
-        ) -> FloatArray:
-            return _along(back, turn_planes(window.place(maps), plane, slices.plane))
 
-        yield stack, marked, place
+def _larger(slices: Stack, zoom: float) -> _Further:
+    pixels = [
+        (Axis(0.0, 1.0, size), Axis(0.0, 1.0 / zoom, round(size * zoom)))
+        for size in slices.slices.shape[1:]
+    ]
+    enlarge = [resampling_matrix(own, other) for own, other in pixels]
+    reduce = [resampling_matrix(other, own) for own, other in pixels]
+    return _Further(
+        slices.plane,
+        slices.context_offset,
+        reach=0,  # a look at the same slice finds little where the first one found nothing
+        there=lambda maps: _across(enlarge, maps),
+        back=lambda maps: _across(reduce, maps),
+        zoom=zoom,
+    )
 
 
 @dataclass(frozen=True)
@@ -180,7 +250,7 @@ class _Window:
         out[:, : part.shape[1], : part.shape[2]] = part
         return out
 
-    def place(self, maps: FloatArray) -> FloatArray:
+    def place(self, maps: NDArray[np.generic]) -> FloatArray:
         """Put maps of this part into a stack of zeros."""
         whole = np.zeros(self.shape, np.float32)
         part = self._of(whole)
@@ -192,13 +262,11 @@ class _Window:
 
 
 def _near(
-    evidence: NDArray[np.bool_], config: PreprocessConfig
+    evidence: NDArray[np.bool_], reach: int, margin: int
 ) -> tuple[NDArray[np.bool_], _Window]:
     """Mark the slices with evidence and their neighbours, and frame the evidence with a margin."""
-    reach = max(1, round(config.context_mm / config.pixel_size_mm))
     found = np.asarray(evidence.any(axis=(1, 2)))
     marked = np.asarray(ndimage.maximum_filter1d(found, 2 * reach + 1, mode="constant"))
-    margin = round(_MARGIN_MM / config.pixel_size_mm)
     (top, bottom), (left, right) = (
         _extent(np.asarray(evidence.any(axis=(0, other))), margin) for other in (2, 1)
     )
@@ -210,6 +278,16 @@ def _along(matrix: FloatArray, stack: FloatArray) -> FloatArray:
     if matrix.shape[0] == matrix.shape[1] and np.array_equal(matrix, np.eye(len(matrix))):
         return stack
     return np.asarray(np.tensordot(matrix, stack, axes=1), dtype=np.float32)
+
+
+def _across(matrices: Sequence[FloatArray], stack: FloatArray) -> FloatArray:
+    """Resample (S, H, W) along its rows and columns, slice by slice; blank ones stay blank."""
+    rows, columns = matrices
+    out = np.zeros((len(stack), len(rows), len(columns)), np.float32)
+    for picture, resampled in zip(stack, out, strict=True):
+        if picture.any():
+            np.matmul(rows @ picture, columns.T, out=resampled)
+    return out
 
 
 def _extent(marked: NDArray[np.bool_], margin: int) -> tuple[int, int]:
