@@ -28,7 +28,7 @@ __all__ = ["Stack", "average_looks", "whole_stack"]
 FloatArray = NDArray[np.float32]
 
 _MARGIN_MM = 16.0
-"""What a further plane shows around the evidence, so that the network knows where it is."""
+"""What a further look shows around the evidence, so that the network knows where it is."""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class LesionLocation:
     mean_probability, max_probability : float or None
         Of its voxels, in [0, 1].
     mean_uncertainty : float or None
-        Mean standard deviation of the probability over the views.
+        Mean standard deviation of the probability over views and looks.
     """
 
     index: int
@@ -218,7 +218,7 @@ def locate_lesions(
     structure_masks : mapping of str to array (I, J, K)
         ``"ventricles"`` and ``"brain"``, non-zero inside; either may be absent.
     probability, uncertainty : array (I, J, K), optional
-        Lesion probability and its standard deviation over the views.
+        Lesion probability and its standard deviation over views and looks.
     contact_gap_mm : float
         Up to this much other tissue between a lesion and the ventricles is contact.
 

@@ -208,7 +208,7 @@ def _uncertainty(segmentation: Segmented, report: Mapping[str, Any]) -> Figure:
     if segmentation.uncertainty is None:
         views = report["settings"].get("tta")
         note = (
-            "It takes several views; this scan was seen in one (--tta none)."
+            "It takes several looks; this scan was seen once (--tta none, --zoom 1)."
             if views == "none"
             else "Not computed for this scan."
         )
@@ -216,8 +216,8 @@ def _uncertainty(segmentation: Segmented, report: Mapping[str, Any]) -> Figure:
     seen = segmentation.uncertainty[segmentation.mask != 0]
     seen = seen[seen > 0]  # zero where a slice was seen once
     if not seen.size:
-        return Figure(label, None, note="No lesion was seen in several views.")
-    note = "Of the lesion probability over the views; mean in lesions. It can reach 0.5."
+        return Figure(label, None, note="No lesion was seen more than once.")
+    note = "Of the lesion probability over all looks; mean in lesions. It can reach 0.5."
     return Figure(label, f"{float(seen.mean()):.2f}", "SD", note)
 
 

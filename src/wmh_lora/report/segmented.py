@@ -39,7 +39,7 @@ class Segmented(Protocol):
 
     @property
     def uncertainty(self) -> NDArray[np.float32] | None:
-        """Standard deviation of the probability over the views, (I, J, K)."""
+        """Standard deviation of the probability over views and looks, (I, J, K)."""
 
     def picture(self) -> Any:
         """Draw the montage, a `PIL.Image.Image`."""

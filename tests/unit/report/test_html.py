@@ -156,7 +156,7 @@ def test_says_why_something_is_missing(segmentation: Segmentation, missing: str)
     assert page.faults == []
     assert "This report was made without the analysis of regions." in page.text
     assert "Quality not assessed" in page.text
-    assert "It takes several views; this scan was seen in one (--tta none)." in page.text
+    assert "It takes several looks; this scan was seen once (--tta none, --zoom 1)." in page.text
     assert "show-uncertainty" not in page.with_attribute("id")
     assert "Dist. mm" not in page.text
     assert "None" not in page.text.replace("None failed", "")
