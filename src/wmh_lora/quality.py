@@ -115,14 +115,14 @@ _LESION_VOLUME = _Rule(
 _CONFIDENCE = _Rule(
     "confidence",
     f"Thresholds {_THRESHOLD_BAND:.0%} lower and higher change the volume by {{value:.2f}} of it",
-    {"warn_above": 0.45},
+    {"warn_above": 0.65},
     missing=f"the lesions found measure less than {_CHANGE_FROM_ML:g} mL",
 )
 _AGREEMENT = _Rule(
     "agreement",
-    "Views of the same lesion voxel differ by {value:.3f} in probability (standard deviation)",
-    {"warn_above": 0.12},
-    missing="each slice was seen in one view, or nothing was found",
+    "Looks at the same lesion voxel differ by {value:.3f} in probability (standard deviation)",
+    {"warn_above": 0.2},
+    missing="each slice was seen once, or nothing was found",
 )
 
 
@@ -370,7 +370,7 @@ def _agreement(uncertainty: NDArray[Any] | None, mask: NDArray[Any]) -> QualityC
     if uncertainty is None:
         return _limited(_AGREEMENT, None)
     seen = uncertainty[np.asarray(mask) != 0]
-    seen = seen[seen > 0]  # zero where a slice was seen in one view only
+    seen = seen[seen > 0]  # zero where a slice was seen once
     return _limited(_AGREEMENT, float(seen.mean()) if seen.size else None)
 
 
