@@ -62,6 +62,11 @@ class ScanSize:
         return cls(voxels, slices, height * width, views, looks, zoom)
 
     @property
+    def largest_pixels(self) -> int:
+        """Pixels of a slice in the look that shows it largest."""
+        return self.pixels if self.looks == 1 else math.ceil(self.zoom**2 * self.pixels)
+
+    @property
     def grid_bytes(self) -> int:
         """Maps on the network's grid: probability, two structures in a byte each, deviation.
 
@@ -98,7 +103,7 @@ def batch_within(max_memory: str, scan: ScanSize, encoder: str, wanted: int) -> 
         If one slice at a time is too much; the message says what would do.
     """
     resident = resident_bytes()
-    per_slice = _ACTIVATIONS.get(encoder, _MOST_ACTIVATIONS) * scan.pixels
+    per_slice = _ACTIVATIONS.get(encoder, _MOST_ACTIVATIONS) * scan.largest_pixels
     held = resident + _OVERHEAD_BYTES + scan.grid_bytes
     # what the network needed is free again when results are brought to the scan's grid
     free = parse_size(max_memory) - held

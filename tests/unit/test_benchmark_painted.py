@@ -52,12 +52,13 @@ def test_scans_and_labels_are_averaged_alike(tmp_path: Path, slices: int, volume
     write_nifti(tmp_path / "a_label-WMH_mask.nii.gz", labels, scan)
     shown = []
 
-    def segment(volume: Volume) -> Any:
+    def segment(volume: Volume, *, zoom: float | None) -> Any:
+        assert zoom == 1.0
         shown.append(volume)
         return SimpleNamespace(mask=(volume.data > 1.5).astype(np.uint8))
 
     engine = cast(WMHInferenceEngine, SimpleNamespace(segment=segment))
-    (scores,) = measure_scans(engine, tmp_path, ["a"], slices)
+    (scores,) = measure_scans(engine, tmp_path, ["a"], slices, zoom=1.0)
     assert shown[0].spacing_mm == (1.0, 1.0, float(slices))
     assert shown[0].shape == (16, 16, 16 // slices)
     assert scores.dice == 1.0, "what is too faint to tell counts neither way"

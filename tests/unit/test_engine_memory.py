@@ -56,6 +56,8 @@ def test_a_larger_look_takes_more_memory() -> None:
         for looks, zoom in ((1, 1.0), (2, 1.0), (2, 1.5))
     )
     assert plain < again < larger
+    once, twice = (ScanSize(SCAN.voxels, SCAN.slices, SCAN.pixels, 1, n, 1.5) for n in (1, 2))
+    assert (once.largest_pixels, twice.largest_pixels) == (SCAN.pixels, 2.25 * SCAN.pixels)
 
 
 def test_without_room_for_all_looks_one_is_seen_and_it_is_said() -> None:
