@@ -11,8 +11,9 @@ intensities and come back to its grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from scipy import ndimage
 from wmh_lora.config import PreprocessConfig
 from wmh_lora.engine_views import EVIDENCE, SliceMaps
 from wmh_lora.preprocess import Prepared
-from wmh_lora.view import PLANES, Axis, Plane, resampling_matrix, turn_planes
+from wmh_lora.view import PLANES, Axis, Plane, resample_pictures, resampling_matrix, turn_planes
 
 __all__ = ["Stack", "average_looks", "whole_stack"]
 
@@ -210,8 +211,8 @@ def _larger(slices: Stack, zoom: float) -> _Further:
         slices.plane,
         slices.context_offset,
         reach=0,  # a look at the same slice finds little where the first one found nothing
-        there=lambda maps: _across(enlarge, maps),
-        back=lambda maps: _across(reduce, maps),
+        there=partial(resample_pictures, *enlarge),
+        back=partial(resample_pictures, *reduce),
         zoom=zoom,
     )
 
@@ -278,16 +279,6 @@ def _along(matrix: FloatArray, stack: FloatArray) -> FloatArray:
     if matrix.shape[0] == matrix.shape[1] and np.array_equal(matrix, np.eye(len(matrix))):
         return stack
     return np.asarray(np.tensordot(matrix, stack, axes=1), dtype=np.float32)
-
-
-def _across(matrices: Sequence[FloatArray], stack: FloatArray) -> FloatArray:
-    """Resample (S, H, W) along its rows and columns, slice by slice; blank ones stay blank."""
-    rows, columns = matrices
-    out = np.zeros((len(stack), len(rows), len(columns)), np.float32)
-    for picture, resampled in zip(stack, out, strict=True):
-        if picture.any():
-            np.matmul(rows @ picture, columns.T, out=resampled)
-    return out
 
 
 def _extent(marked: NDArray[np.bool_], margin: int) -> tuple[int, int]:

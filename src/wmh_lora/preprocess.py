@@ -32,7 +32,14 @@ from wmh_lora.preprocess_head import (
     landmarks,
     shows_head,
 )
-from wmh_lora.view import Plane, View, choose_view, resampling_matrix, superior_axis
+from wmh_lora.view import (
+    Plane,
+    View,
+    choose_view,
+    resample_pictures,
+    resampling_matrix,
+    superior_axis,
+)
 from wmh_lora.volume import Volume
 
 FloatArray = npt.NDArray[np.float32]
@@ -253,7 +260,7 @@ def to_model_grid(mask: npt.NDArray[np.generic], prepared: Prepared) -> FloatArr
         )
     viewed = view.to_view(mask)
     rows, columns = (resampling_matrix(view.field(a), view.window(a)) for a in (1, 2))
-    return np.stack([rows @ viewed[i].astype(np.float32) @ columns.T for i in range(*view.slices)])
+    return resample_pictures(rows, columns, viewed[slice(*view.slices)])
 
 
 def _crop(

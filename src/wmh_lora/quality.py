@@ -25,7 +25,14 @@ from wmh_lora.structures import (
 )
 from wmh_lora.volume import Volume
 
-__all__ = ["QualityCheck", "QualityReport", "Verdict", "assess_quality", "check_measures"]
+__all__ = [
+    "QualityCheck",
+    "QualityReport",
+    "Verdict",
+    "assess_quality",
+    "check_measures",
+    "mean_uncertainty",
+]
 
 Verdict = Literal["pass", "warn", "fail"]
 _ORDER: tuple[Verdict, ...] = ("pass", "warn", "fail")
@@ -367,11 +374,29 @@ def _confidence(
 
 
 def _agreement(uncertainty: NDArray[Any] | None, mask: NDArray[Any]) -> QualityCheck:
-    if uncertainty is None:
-        return _limited(_AGREEMENT, None)
+    return _limited(
+        _AGREEMENT, None if uncertainty is None else mean_uncertainty(uncertainty, mask)
+    )
+
+
+def mean_uncertainty(uncertainty: NDArray[Any], mask: NDArray[Any]) -> float | None:
+    """Average the standard deviation over the voxels of lesions that were seen more than once.
+
+    Parameters
+    ----------
+    uncertainty : array (I, J, K)
+        Standard deviation of the probability; zero where a slice was seen once.
+    mask : array (I, J, K)
+        Non-zero in lesions.
+
+    Returns
+    -------
+    float or None
+        None where no lesion was seen more than once.
+    """
     seen = uncertainty[np.asarray(mask) != 0]
-    seen = seen[seen > 0]  # zero where a slice was seen once
-    return _limited(_AGREEMENT, float(seen.mean()) if seen.size else None)
+    seen = seen[seen > 0]
+    return float(seen.mean()) if seen.size else None
 
 
 def _head(measures: ScanMeasures, brain: Structure) -> QualityCheck:

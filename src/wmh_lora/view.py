@@ -18,6 +18,7 @@ __all__ = [
     "Plane",
     "View",
     "choose_view",
+    "resample_pictures",
     "resampling_matrix",
     "superior_axis",
     "turn_planes",
@@ -194,3 +195,28 @@ def resampling_matrix(source: Axis, target: Axis) -> npt.NDArray[np.float32]:
     total = weights.sum(axis=1, keepdims=True)
     normalised = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
     return np.asarray(normalised, dtype=np.float32)
+
+
+def resample_pictures(
+    rows: npt.NDArray[np.float32],
+    columns: npt.NDArray[np.float32],
+    pictures: npt.NDArray[np.generic],
+) -> npt.NDArray[np.float32]:
+    """Resample each picture of (S, H, W) by matrices of its rows and columns; blank ones stay so.
+
+    Parameters
+    ----------
+    rows, columns
+        From `resampling_matrix`, (H', H) and (W', W).
+    pictures
+        (S, H, W), of any type.
+
+    Returns
+    -------
+    array (S, H', W') float32
+    """
+    out = np.zeros((len(pictures), len(rows), len(columns)), np.float32)
+    for picture, resampled in zip(pictures, out, strict=True):
+        if picture.any():
+            np.matmul(rows @ picture.astype(np.float32, copy=False), columns.T, out=resampled)
+    return out

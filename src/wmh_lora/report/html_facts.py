@@ -8,6 +8,7 @@ from datetime import date
 from typing import Any
 
 from wmh_lora.postprocess import lesion_mask
+from wmh_lora.quality import mean_uncertainty
 from wmh_lora.report.segmented import Segmented
 
 __all__ = [
@@ -213,12 +214,11 @@ def _uncertainty(segmentation: Segmented, report: Mapping[str, Any]) -> Figure:
             else "Not computed for this scan."
         )
         return Figure(label, None, note=note)
-    seen = segmentation.uncertainty[segmentation.mask != 0]
-    seen = seen[seen > 0]  # zero where a slice was seen once
-    if not seen.size:
+    mean = mean_uncertainty(segmentation.uncertainty, segmentation.mask)
+    if mean is None:
         return Figure(label, None, note="No lesion was seen more than once.")
     note = "Of the lesion probability over all looks; mean in lesions. It can reach 0.5."
-    return Figure(label, f"{float(seen.mean()):.2f}", "SD", note)
+    return Figure(label, f"{mean:.2f}", "SD", note)
 
 
 def splits_of(report: Mapping[str, Any]) -> tuple[Split, ...]:
