@@ -97,7 +97,8 @@ def apply_threshold(probability: NDArray[Any], threshold: float) -> NDArray[np.u
         )
     # compared in the map's own precision, so that 0.6 in float32 counts as 0.6
     level = np.asarray(threshold, dtype=probability.dtype)
-    return np.asarray(probability >= level, dtype=np.uint8)
+    marked: NDArray[np.bool_] = np.asarray(probability >= level)
+    return marked.view(np.uint8)  # the same bytes: a copy of a large scan's mask counts
 
 
 def lesion_mask(

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -112,7 +113,7 @@ def montage(
     layers = [(view.to_view(mask) != 0, PREDICTION_RGB)]
     if reference is not None:
         layers.insert(0, (view.to_view(lesions_of(reference)), REFERENCE_RGB))
-    drawn = np.logical_or.reduce([layer for layer, _ in layers])
+    drawn = reduce(np.logical_or, (layer for layer, _ in layers))
     frame = frame_head(scan, drawn)
     indices = choose_slices(frame.tissue, drawn, MAX_SLICES)
     panel = _panel(view, volume, (frame.rows, frame.columns), frame.window)
@@ -146,7 +147,8 @@ def frame_head(scan: NDArray[np.float32], drawn: NDArray[np.bool_]) -> Frame:
     drawn : bool array (S, H, W)
         What has to stay inside the frame wherever it lies.
     """
-    tissue = _tissue(scan) | drawn
+    tissue = _tissue(scan)
+    tissue |= drawn
     rows, columns = (
         _extent(tissue.sum(axis=others), drawn.sum(axis=others)) for others in ((0, 2), (0, 1))
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def scan_figure(
             )
         layers.append((view.to_view(array) != 0, colour, name))
     scan = view.to_view(volume.finite_data())
-    drawn = np.logical_or.reduce([layer for layer, _, _ in layers])
+    drawn = reduce(np.logical_or, (layer for layer, _, _ in layers))
     frame = frame_head(scan, drawn)
     indices = choose_slices(frame.tissue, drawn, max_slices)
     aspect = view.spacing_mm[1] / view.spacing_mm[2]

@@ -137,35 +137,41 @@ def viewer_scene(segmentation: Segmented) -> ViewerScene:
     volume = segmentation.volume
     view = choose_view(volume, 1.0)
     scan = volume.finite_data()
-    frame = frame_head(view.to_view(scan), view.to_view(segmentation.mask) != 0)
-    box = _native_box(view, frame.rows, frame.columns)
-    low, high = frame.window
-    step = max(1, round((frame.tissue.size / _SAMPLE) ** (1 / 3)))
-    thinned = (slice(None, None, step),) * 3
-    sample = view.to_view(scan)[thinned][frame.tissue[thinned]]
-    if sample.size:
-        high = max(high, float(np.percentile(sample, _HEAD_PERCENTILE)))
+    box, window, highest = _head(view, scan, segmentation.mask)
     maps: list[tuple[str, NDArray[Any], float, float]] = [
-        ("flair", scan, low, high),
-        ("mask", segmentation.mask != 0, 0.0, 1.0),
+        ("flair", scan, window[0], highest),
+        ("mask", segmentation.mask, 0.0, 1.0),
         ("probability", segmentation.probability, 0.0, 1.0),
     ]
     if segmentation.uncertainty is not None:
         maps.append(("uncertainty", segmentation.uncertainty, 0.0, UNCERTAINTY_MAX))
     if "ventricles" in segmentation.structure_masks:
-        ventricles = segmentation.structure_masks["ventricles"] != 0
-        maps.append(("ventricles", ventricles, 0.0, 1.0))
+        maps.append(("ventricles", segmentation.structure_masks["ventricles"], 0.0, 1.0))
     steps = _steps(scan[box].shape, volume.spacing_mm)
     affine = _affine(volume.affine, box, steps)
     return ViewerScene(
         layers=tuple(
-            Layer(name, _pack(_coarser(data[box], steps), affine, first, last), first, last)
+            Layer(name, _pack(_part(data, box, steps), affine, first, last), first, last)
             for name, data, first, last in maps
         ),
-        window=frame.window,
+        window=window,
         plane=_PLANES[int(io_orientation(volume.affine)[view.axes[0], 0])],
         steps=steps,
     )
+
+
+def _head(
+    view: View, scan: NDArray[np.float32], mask: NDArray[np.uint8]
+) -> tuple[tuple[slice, slice, slice], tuple[float, float], float]:
+    """Frame the head and every lesion; return also the first window and the highest intensity."""
+    frame = frame_head(view.to_view(scan), view.to_view(mask) != 0)
+    highest = frame.window[1]
+    step = max(1, round((frame.tissue.size / _SAMPLE) ** (1 / 3)))
+    thinned = (slice(None, None, step),) * 3
+    sample = view.to_view(scan)[thinned][frame.tissue[thinned]]
+    if sample.size:
+        highest = max(highest, float(np.percentile(sample, _HEAD_PERCENTILE)))
+    return _native_box(view, frame.rows, frame.columns), frame.window, highest
 
 
 def _native_box(view: View, rows: slice, columns: slice) -> tuple[slice, slice, slice]:
@@ -198,8 +204,15 @@ def _affine(
     return moved
 
 
+def _part(
+    data: NDArray[Any], box: tuple[slice, slice, slice], steps: tuple[int, int, int]
+) -> NDArray[Any]:
+    """Cut out a box and average its blocks of voxels; of a mask (uint8), keep every lesion."""
+    cut = data[box]  # first, since copies of a whole scan may be too much for memory
+    return _coarser(cut != 0 if cut.dtype == np.uint8 else cut, steps)
+
+
 def _coarser(data: NDArray[Any], steps: tuple[int, int, int]) -> NDArray[Any]:
-    """Average blocks of voxels; of a mask, keep every lesion."""
     if steps == (1, 1, 1):
         return data
     # slab by slab: a padded copy of a whole scan may be too much for memory
@@ -224,7 +237,10 @@ def _pack(data: NDArray[Any], affine: NDArray[np.float64], low: float, high: flo
         scaled, slope = data.astype(np.uint8), 1.0
     else:
         slope = (high - low) / 255.0
-        scaled = np.clip(np.rint((data - low) / slope), 0.0, 255.0).astype(np.uint8)
+        levels = data - low
+        levels /= slope
+        np.rint(levels, out=levels)
+        scaled = np.clip(levels, 0.0, 255.0, out=levels).astype(np.uint8)
     header = nib.nifti1.Nifti1Header()
     header.set_data_dtype(np.uint8)
     header.set_data_shape(scaled.shape)

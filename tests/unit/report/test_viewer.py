@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import tracemalloc
 from dataclasses import replace
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -46,6 +48,23 @@ def turned(segmentation: Segmentation, axes: str) -> Segmentation:
         probability=apply_orientation(segmentation.probability, turn),
         uncertainty=None,
         structure_masks={},
+    )
+
+
+def tiled(segmentation: Segmentation, times: int) -> Segmentation:
+    """A scan that holds the same head so many times along each axis."""
+
+    def repeat(array: NDArray[Any]) -> NDArray[Any]:
+        return np.tile(array, (times,) * 3)
+
+    volume = segmentation.volume
+    return replace(
+        segmentation,
+        volume=Volume(repeat(volume.data), volume.affine),
+        mask=repeat(segmentation.mask),
+        probability=repeat(segmentation.probability),
+        uncertainty=None,
+        structure_masks={k: repeat(part) for k, part in segmentation.structure_masks.items()},
     )
 
 
@@ -125,6 +144,20 @@ class TestLargeScans:
         true = places_mm(segmentation.mask, segmentation.volume.affine).mean(axis=0)
         assert np.abs(shown - true).max() < 4.0  # half of a coarse voxel
         assert np.asarray(image.dataobj).any()
+
+    def test_take_little_memory_beside_what_is_held(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The page and the picture are made last, when scan and maps fill the memory."""
+        large = tiled(segmented_head(), 7)
+        monkeypatch.setattr(viewer, "MAX_VOXELS", 30_000)
+        bytes_a_voxel = []
+        for make in (viewer_scene, Segmentation.picture):
+            tracemalloc.start()
+            make(large)
+            bytes_a_voxel.append(tracemalloc.get_traced_memory()[1] / large.mask.size)
+            tracemalloc.stop()
+        scene, picture = bytes_a_voxel
+        assert scene < 3.0
+        assert picture < 3.5
 
 
 def test_equal_input_gives_equal_layers() -> None:
