@@ -183,8 +183,8 @@ class InferenceConfig:
         ``threshold`` of scans that are seen in three planes: at borders, where planes differ, their
         mean is lower than what one plane gives. None is the same.
     zoom : float
-        Above 1, slices with evidence of a lesion are seen once more, so many times larger, and what
-        is found is averaged; at most 2.
+        Above 1, slices with evidence of a lesion (all, unless `adaptive`) are seen once more, so
+        many times larger, and what is found is averaged; at most 2.
     batch_size : int
         Slices sent through the network at once. Changes memory and speed, not results.
     adaptive : bool

@@ -214,7 +214,7 @@ def assess_quality(
         ``"brain"`` and ``"ventricles"``, non-zero inside; checks that need them say so where they
         are absent.
     uncertainty : array (I, J, K), optional
-        Standard deviation of the probability over the views.
+        Standard deviation of the probability over views and looks.
     measures : ScanMeasures, optional
         What `measure_scan` found in this scan; it is measured here otherwise.
 

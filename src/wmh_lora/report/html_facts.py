@@ -207,18 +207,20 @@ def _fazekas(regions: Mapping[str, Any] | None) -> Figure:
 def _uncertainty(segmentation: Segmented, report: Mapping[str, Any]) -> Figure:
     label = "Uncertainty"
     if segmentation.uncertainty is None:
-        views = report["settings"].get("tta")
-        note = (
-            "It takes several looks; this scan was seen once (--tta none, --zoom 1)."
-            if views == "none"
-            else "Not computed for this scan."
-        )
-        return Figure(label, None, note=note)
+        return Figure(label, None, note=_why_seen_once(report["settings"]))
     mean = mean_uncertainty(segmentation.uncertainty, segmentation.mask)
     if mean is None:
         return Figure(label, None, note="No lesion was seen more than once.")
     note = "Of the lesion probability over all looks; mean in lesions. It can reach 0.5."
     return Figure(label, f"{mean:.2f}", "SD", note)
+
+
+def _why_seen_once(settings: Mapping[str, Any]) -> str:
+    if settings.get("tta") != "none":
+        return "Not computed for this scan."
+    closer = settings.get("zoom", 1.0) > 1.0
+    why = ", for want of memory" if closer else " (--tta none, --zoom 1)"
+    return f"It takes several looks; this scan was seen once{why}."
 
 
 def splits_of(report: Mapping[str, Any]) -> tuple[Split, ...]:

@@ -37,7 +37,7 @@ class LesionRow:
     mean_probability : float
         Of its voxels, in [0, 1].
     mean_uncertainty : float or None
-        Mean standard deviation of the probability over the views.
+        Mean standard deviation of the probability over views and looks.
     """
 
     index: int

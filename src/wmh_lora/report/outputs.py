@@ -104,8 +104,8 @@ class Segmentation:
         1 where the network finds ``"ventricles"`` or ``"brain"`` at least as likely as not; empty
         if it has no such outputs.
     uncertainty : float32 array (I, J, K) or None
-        Standard deviation of the lesion probability over the views, in [0, 0.5]; zero where a
-        slice was seen once, None for a single view.
+        Standard deviation of the lesion probability over views and looks, in [0, 0.5]; zero where
+        a place was seen once, None where the whole scan was.
     measures : ScanMeasures or None
         What `wmh_lora.quality_measures.measure_scan` found in the scan, where that was done ahead.
     t1_path : Path or None

@@ -163,6 +163,12 @@ def test_says_why_something_is_missing(segmentation: Segmentation, missing: str)
     assert "nan" not in page.text.lower().split()
 
 
+def test_says_when_memory_left_no_room_for_a_closer_look(segmentation: Segmentation) -> None:
+    settings = {**segmentation.settings, "tta": "none", "zoom": 1.2}
+    once = replace(segmentation, uncertainty=None, settings=settings)
+    assert "this scan was seen once, for want of memory." in page_of(once, once.report()).text
+
+
 def test_repeats_the_reasons_of_the_regions(segmentation: Segmentation) -> None:
     bare = replace(segmentation, structure_masks={})
     text = page_of(bare).text
