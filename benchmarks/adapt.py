@@ -118,12 +118,15 @@ class Study:
         """Score the base model with its own settings, and with those chosen on the other half."""
         model = Base(self.model, self.base_weights, "lora").model()
         engine = WMHInferenceEngine(model)
-        grid = SettingGrid(model.card.inference)
+        grid = None
         rows = []
         for case in train:
             volume = Volume.read(case.image)
             maps = engine.predict_maps(engine.prepare(volume), engine.settings())
+            threshold = model.card.inference.threshold_of(maps.looks.planes)
+            grid = grid or SettingGrid(model.card.inference.changed(threshold=threshold))
             rows.append(grid.dice(maps.probability, read_reference(case, volume)))
+        assert grid is not None
         chosen = grid.settings[DiceTable(grid, np.stack(rows)).chosen(range(len(rows)))]
         changed = {"threshold": chosen.threshold, "min_voxels": chosen.min_voxels}
         return [

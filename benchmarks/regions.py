@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wmh_lora.engine import Segmentation, WMHInferenceEngine, load_model
+from wmh_lora.evaluation.metrics import dice
 from wmh_lora.regions import RegionVolumes, locate_lesions
 from wmh_lora.structures import find_brain, find_ventricles
 from wmh_lora.volume import Volume
@@ -37,8 +38,8 @@ def agreement(found: npt.NDArray[np.bool_] | None, reference: Path) -> tuple[flo
     if found is None or not reference.exists():
         return float("nan"), float("nan")
     manual = Volume.read(reference, allow_constant=True).data > 0
-    total, size = int(found.sum()), int(manual.sum())
-    return 2.0 * int((found & manual).sum()) / (total + size), total / size
+    ratio = found.sum() / manual.sum() if manual.any() else float("nan")
+    return dice(manual, found), float(ratio)
 
 
 def row(result: Segmentation, folder: Path, path: Path) -> dict[str, str]:

@@ -51,7 +51,7 @@ def main() -> None:
         maps = engine.predict_maps(engine.prepare(volume), settings)
         brain = maps.structure_masks["brain"] > 0
         near = _grow(brain, volume.spacing_mm)
-        threshold = settings.threshold_of(maps.planes)
+        threshold = settings.threshold_of(maps.looks.planes)
         labels = pseudo_labels(maps.probability, near, threshold, given.sure, given.doubt)
         normal = (
             brain & ~(maps.structure_masks["ventricles"] > 0) & (maps.probability < given.doubt)

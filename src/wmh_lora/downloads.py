@@ -100,10 +100,9 @@ def download(
     ChecksumError
         If the mirrors serve another file; nothing is kept then.
     WeightsError
-        If no mirror can be reached or has the file, or the disk is too small. What has arrived is
-        kept for the next time.
+        If no mirror can be reached or has the file. What has arrived is kept for the next time.
     OSError
-        If the folder cannot be written.
+        If the folder cannot be written, or the disk is too small.
     """
     with _alone(target) if lock else nullcontext():
         if _is_complete(target, file):  # another process was faster

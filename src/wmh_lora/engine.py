@@ -22,7 +22,7 @@ from wmh_lora.config import InferenceConfig, PreprocessConfig, TtaMode
 from wmh_lora.engine_brain import below_skull, within_brain
 from wmh_lora.engine_contrast import without_haze
 from wmh_lora.engine_device import NetworkOnDevice, choose_device, choose_dtype, device_errors
-from wmh_lora.engine_looks import Stack, average_looks, whole_stack
+from wmh_lora.engine_looks import Looks, Stack, average_looks, whole_stack
 from wmh_lora.engine_memory import ScanSize, looks_within
 from wmh_lora.engine_scan import (
     Scan,
@@ -228,7 +228,7 @@ class WMHInferenceEngine:
             if second is not None:
                 t1_slices = self.prepare_t1(second, prepared, volume, register_t1)
             maps = self.predict_maps(prepared, config, t1=t1_slices, progress=progress)
-        used = config.changed(threshold=config.threshold_of(maps.planes))
+        used = config.changed(threshold=config.threshold_of(maps.looks.planes))
         mask, lesions = find_lesions(maps.probability, volume, used)
         return Segmentation(
             volume=volume,
@@ -251,7 +251,12 @@ class WMHInferenceEngine:
                 "t1": second is not None,
                 "register_t1": second is not None and register_t1,
                 "adaptive": config.adaptive,
-                "precision": str(choose_dtype(self.device, config.precision)).split(".")[-1],
+                "precision": config.precision,
+                "used": {
+                    "planes": maps.looks.planes,
+                    "zoom": maps.looks.zoom,
+                    "precision": str(choose_dtype(self.device, config.precision)).split(".")[-1],
+                },
                 "device": str(self.device),
                 "preprocess": asdict(self._preprocess),
             },
@@ -280,9 +285,10 @@ class WMHInferenceEngine:
     def predict_volume_probs(
         self, path_or_volume: Scan, use_tta: bool = True
     ) -> tuple[NDArray[np.float32], nib.nifti1.Nifti1Image]:
-        """Compute the lesion probability of every voxel of a scan, as the network gives it.
+        """Compute the lesion probability of every voxel of a scan.
 
-        The model's `min_contrast` is left out: what is faint keeps its probability.
+        The model's `min_contrast` is left out: what is faint keeps its probability. Islands that
+        touch no brain, or lie just below the skin, have none.
 
         Parameters
         ----------
@@ -303,6 +309,8 @@ class WMHInferenceEngine:
         ------
         UnreadableImageError, DataError
             If the scan cannot be read or shows no head.
+        ConfigError
+            If the scan needs more memory than the model's settings allow.
         DeviceError
             If the device runs out of memory.
         """
@@ -410,8 +418,8 @@ class WMHInferenceEngine:
         """
         with device_errors(self.device):
             stack = whole_stack(prepared, t1)
-            maps, planes = self._predict_slices(stack, prepared, config, progress)
-        return maps_on_scan(maps, prepared, structures=structures, planes=planes)
+            maps, looks = self._predict_slices(stack, prepared, config, progress)
+        return maps_on_scan(maps, prepared, looks, structures=structures)
 
     @staticmethod
     def apply_threshold(prob_volume: NDArray[Any], threshold: float = 0.60) -> NDArray[np.uint8]:
@@ -429,18 +437,17 @@ class WMHInferenceEngine:
         prepared: Prepared,
         config: InferenceConfig,
         progress: ProgressCallback | None,
-    ) -> tuple[SliceMaps, int]:
-        """Maps (S, H, W) on the network's grid, and how many planes the scan was seen in."""
+    ) -> tuple[SliceMaps, Looks]:
+        """Maps (S, H, W) on the network's grid, and how the scan was seen."""
         views = VIEWS[config.tta]
         batch_size = config.batch_size
-        planes = 3 if config.planes == "all" and prepared.view.is_isotropic else 1
-        looks = planes + (config.zoom > 1.0)
+        in_all_planes = config.planes == "all" and prepared.view.is_isotropic
+        looks = Looks(3 if in_all_planes else 1, config.zoom)
         if config.max_memory is not None:
-            scan = ScanSize.of(prepared, views=len(views), looks=looks, zoom=config.zoom)
+            scan = ScanSize.of(prepared, len(views), looks)
             looks, batch_size = looks_within(config.max_memory, scan, self._encoder, batch_size)
-            planes = min(planes, looks)
         dtype = choose_dtype(self.device, config.precision)
-        steps = None if progress is None else JoinedProgress(progress, looks)
+        steps = None if progress is None else JoinedProgress(progress, looks.count)
 
         def see(stack: Stack, shown: NDArray[np.bool_] | None) -> SliceMaps:
             return average_views(
@@ -454,20 +461,12 @@ class WMHInferenceEngine:
             )
 
         maps = see(slices, prepared.shows_head)
-        if looks > 1:
-            maps = average_looks(
-                slices,
-                prepared,
-                maps,
-                see,
-                planes=planes,
-                zoom=config.zoom,
-                evidence_only=config.adaptive,
-            )
+        if looks.count > 1:
+            maps = average_looks(slices, prepared, maps, see, looks, evidence_only=config.adaptive)
         pixel_mm = prepared.config.pixel_size_mm
         maps = within_brain(maps, pixel_mm)
         maps = below_skull(maps, prepared)
-        return without_haze(maps, prepared.slices, pixel_mm, config.min_contrast), planes
+        return without_haze(maps, prepared.slices, pixel_mm, config.min_contrast), looks
 
     def _look(self, stack: Stack, dtype: torch.dtype) -> Look:
         """Make what shows batches of slices to the network."""

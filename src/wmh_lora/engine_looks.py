@@ -24,12 +24,33 @@ from wmh_lora.engine_views import EVIDENCE, SliceMaps
 from wmh_lora.preprocess import Prepared
 from wmh_lora.view import PLANES, Axis, Plane, resample_pictures, resampling_matrix, turn_planes
 
-__all__ = ["Stack", "average_looks", "whole_stack"]
+__all__ = ["Looks", "Stack", "average_looks", "whole_stack"]
 
 FloatArray = NDArray[np.float32]
 
 _MARGIN_MM = 16.0
 """What a further look shows around the evidence, so that the network knows where it is."""
+
+
+@dataclass(frozen=True)
+class Looks:
+    """How a scan is seen.
+
+    Attributes
+    ----------
+    planes : int
+        1, or all 3.
+    zoom : float
+        How many times larger the prepared plane's slices are seen once more; 1 for not at all.
+    """
+
+    planes: int = 1
+    zoom: float = 1.0
+
+    @property
+    def count(self) -> int:
+        """Looks in all."""
+        return self.planes + (self.zoom > 1.0)
 
 
 @dataclass(frozen=True)
@@ -75,9 +96,8 @@ def average_looks(
     prepared: Prepared,
     first: SliceMaps,
     see: See,
+    looks: Looks,
     *,
-    planes: int = 1,
-    zoom: float = 1.0,
     evidence_only: bool,
 ) -> SliceMaps:
     """Average what the network says of a scan as it was prepared and in further looks.
@@ -90,10 +110,8 @@ def average_looks(
         What was found in the slices as they were prepared.
     see
         Shows slices of another stack.
-    planes
-        3 adds the two other planes.
-    zoom
-        Above 1 adds the prepared plane's slices, so many times larger.
+    looks
+        Which there are, the first among them.
     evidence_only
         Show in further looks only slices with evidence of lesion in the first, cut to where
         there is some; what they leave out keeps the first look's probability, which is below
@@ -112,7 +130,7 @@ def average_looks(
     seen = np.ones_like(total)
     evidence = first.probability >= EVIDENCE if evidence_only else None
     if evidence is None or evidence.any():
-        for look in _further_looks(slices, prepared, planes, zoom):
+        for look in _further_looks(slices, prepared, looks):
             stack, marked, window = look.stack(slices, evidence, prepared.config)
             maps = see(stack, marked)
             total += look.back(window.place(maps.probability))
@@ -172,15 +190,13 @@ class _Further:
         return stack, marked, window
 
 
-def _further_looks(
-    slices: Stack, prepared: Prepared, planes: int, zoom: float
-) -> Iterator[_Further]:
-    if planes > 1:
+def _further_looks(slices: Stack, prepared: Prepared, looks: Looks) -> Iterator[_Further]:
+    if looks.planes > 1:
         for plane in PLANES:
             if plane != slices.plane:
                 yield _turned(slices, prepared, plane)
-    if zoom > 1.0:
-        yield _larger(slices, zoom)
+    if looks.zoom > 1.0:
+        yield _larger(slices, looks.zoom)
 
 
 def _turned(slices: Stack, prepared: Prepared, plane: Plane) -> _Further:

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from wmh_lora.engine_looks import Looks
 from wmh_lora.errors import ConfigError
 from wmh_lora.logs import LOGGER
 from wmh_lora.preprocess import Prepared
@@ -41,30 +42,27 @@ class ScanSize:
         Slices on the network's grid, and pixels of each.
     views : int
         In which a slice is seen.
-    looks : int
-        As prepared, in further planes, larger.
-    zoom : float
-        How many times larger.
+    looks : Looks
+        At the scan.
     """
 
     voxels: int
     slices: int
     pixels: int
     views: int
-    looks: int = 1
-    zoom: float = 1.0
+    looks: Looks
 
     @classmethod
-    def of(cls, prepared: Prepared, views: int, looks: int = 1, zoom: float = 1.0) -> ScanSize:
+    def of(cls, prepared: Prepared, views: int, looks: Looks) -> ScanSize:
         """Take the sizes of a prepared scan."""
         slices, height, width = prepared.slices.shape
         voxels = math.prod(prepared.view.shape_native)
-        return cls(voxels, slices, height * width, views, looks, zoom)
+        return cls(voxels, slices, height * width, views, looks)
 
     @property
     def largest_pixels(self) -> int:
         """Pixels of a slice in the look that shows it largest."""
-        return self.pixels if self.looks == 1 else math.ceil(self.zoom**2 * self.pixels)
+        return math.ceil(self.looks.zoom**2 * self.pixels)
 
     @property
     def grid_bytes(self) -> int:
@@ -73,14 +71,14 @@ class ScanSize:
         Of several looks, also three sums, the turned or larger slices and what was found in them.
         """
         a_pixel = 6.0 if self.views == 1 else 10.0
-        if self.looks > 1:
-            a_pixel += 20.0 + 20.0 * self.zoom**2
+        if self.looks.count > 1:
+            a_pixel += 20.0 + 20.0 * self.looks.zoom**2
         return math.ceil(a_pixel * self.slices * self.pixels)
 
     @property
     def native_bytes(self) -> int:
         """Maps on the scan's grid, three masks among them, and room for comparisons."""
-        return (9 if self.views * self.looks == 1 else 13) * self.voxels
+        return (9 if self.views * self.looks.count == 1 else 13) * self.voxels
 
 
 def batch_within(max_memory: str, scan: ScanSize, encoder: str, wanted: int) -> int:
@@ -118,8 +116,8 @@ def batch_within(max_memory: str, scan: ScanSize, encoder: str, wanted: int) -> 
     return batch
 
 
-def looks_within(max_memory: str, scan: ScanSize, encoder: str, wanted: int) -> tuple[int, int]:
-    """Return in how many looks a scan can be seen within a limit, and the batch for them.
+def looks_within(max_memory: str, scan: ScanSize, encoder: str, wanted: int) -> tuple[Looks, int]:
+    """Return in which looks a scan can be seen within a limit, and the batch for them.
 
     Where there is no room for all looks there may be for one, which is said in a warning.
 
@@ -136,15 +134,16 @@ def looks_within(max_memory: str, scan: ScanSize, encoder: str, wanted: int) -> 
     try:
         return scan.looks, batch_within(max_memory, scan, encoder, wanted)
     except ConfigError:
-        if scan.looks == 1:
+        if scan.looks.count == 1:
             raise
-    batch = batch_within(max_memory, replace(scan, looks=1), encoder, wanted)
+    once = Looks()
+    batch = batch_within(max_memory, replace(scan, looks=once), encoder, wanted)
     LOGGER.warning(
-        "Memory of %s has no room for %d looks; the scan is seen once, in one plane.",
+        "Memory of %s has no room for %d looks; the scan gets one, in one plane.",
         max_memory,
-        scan.looks,
+        scan.looks.count,
     )
-    return 1, batch
+    return once, batch
 
 
 def resident_bytes() -> int:

@@ -13,6 +13,7 @@ from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
 from wmh_lora.config import PROBABILITY_STEPS, InferenceConfig
+from wmh_lora.engine_looks import Looks
 from wmh_lora.engine_views import STRUCTURE_LEVEL, SliceMaps
 from wmh_lora.logs import LOGGER
 from wmh_lora.postprocess import Lesion, describe_lesions, lesion_mask
@@ -47,18 +48,18 @@ class ScanMaps:
         Standard deviation over views and looks; None for a single one.
     structure_masks : dict of str to uint8 array
         Ventricles and brain, as far as the network has them.
-    planes : int
-        1 or 3 that were averaged.
+    looks : Looks
+        That were averaged.
     """
 
     probability: NDArray[np.float32]
     uncertainty: NDArray[np.float32] | None
     structure_masks: dict[str, NDArray[np.uint8]]
-    planes: int = 1
+    looks: Looks
 
 
 def maps_on_scan(
-    maps: SliceMaps, prepared: Prepared, *, structures: bool = True, planes: int = 1
+    maps: SliceMaps, prepared: Prepared, looks: Looks, *, structures: bool = True
 ) -> ScanMaps:
     """Bring maps from the network's grid to the scan's; structures only if they are asked for."""
     native = restore(maps.probability, prepared)
@@ -73,7 +74,7 @@ def maps_on_scan(
         structure_masks={
             name: restore_mask(part, prepared, STRUCTURE_LEVEL) for name, part in found.items()
         },
-        planes=planes,
+        looks=looks,
     )
 
 

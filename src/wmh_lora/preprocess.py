@@ -251,6 +251,11 @@ def to_model_grid(mask: npt.NDArray[np.generic], prepared: Prepared) -> FloatArr
     -------
     array (S, H, W) float32 in [0, 1]
         Fractions of each pixel that the mask covers.
+
+    Raises
+    ------
+    GridMismatchError
+        If the mask does not have the shape of the scan.
     """
     view = prepared.view
     if mask.shape != view.shape_native:

@@ -49,8 +49,9 @@ class ScanMeasures:
         Gradients after smoothing by 1 mm over those after 3 mm, root mean square, within slices:
         about 1 for a picture that holds nothing finer than 3 mm.
     ghosting : float or None
-        Signal of the air before and behind the head less that on both sides, per white matter's:
-        ghosts lie along the phase-encoding direction. None where the air was set to one value.
+        Signal of the air before and behind the head (in coronal and sagittal slices, above and
+        below it) less that on both sides, per white matter's: ghosts lie along the phase-encoding
+        direction. None where the air was set to one value.
     slice_step : float or None
         Root mean square deviation of a slice's median from the mean of its neighbours'.
     tissue_p25, tissue_p99 : float

@@ -358,7 +358,7 @@ def _fazekas(
     to_ventricles: FloatArray,
 ) -> FazekasEstimate:
     touching = np.array([lesion.region == "periventricular" for lesion in located], dtype=bool)
-    reach = diameter = 0.0
+    reach = diameter = None  # of no such lesion; a reach of zero is one inside the ventricles' mask
     if volumes.periventricular_ml >= _FAZEKAS_SMALLEST_ML:
         reach = float(np.percentile(to_ventricles[touching[voxels.owner]], 95.0))
     if volumes.deep_ml >= _FAZEKAS_SMALLEST_ML:
@@ -366,13 +366,13 @@ def _fazekas(
     return FazekasEstimate(
         periventricular=_grade(reach, _FAZEKAS_PERIVENTRICULAR_MM),
         deep=_grade(diameter, _FAZEKAS_DEEP_MM),
-        periventricular_reach_mm=reach,
-        deep_diameter_mm=diameter,
+        periventricular_reach_mm=reach or 0.0,
+        deep_diameter_mm=diameter or 0.0,
     )
 
 
-def _grade(length_mm: float, limits_mm: Sequence[float]) -> int:
-    if length_mm == 0.0:
+def _grade(length_mm: float | None, limits_mm: Sequence[float]) -> int:
+    if length_mm is None:
         return 0
     return 1 + sum(length_mm >= limit for limit in limits_mm)
 

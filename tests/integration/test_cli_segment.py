@@ -284,6 +284,17 @@ class TestBatch:
         assert "b.nii.gz" in result.stderr
         assert "b.nii.gz" not in result.stdout
 
+    def test_an_input_without_scans_hides_no_scan_of_its_name(
+        self, tmp_path: Path, run: Run
+    ) -> None:
+        write_head(tmp_path / "a.nii.gz")
+        (tmp_path / "a").mkdir()
+        result = run("a.nii.gz", "a")
+        assert result.exit_code == 1
+        rows = table(tmp_path / "out" / "wmh.tsv")
+        assert [(row["scan"], row["status"]) for row in rows] == [("a", "done"), ("a", "failed")]
+        assert rows[0]["wmh_volume_ml"] == "4.4800"
+
     def test_an_unforeseen_error_does_not_stop_the_others(
         self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tests.phantoms import brightness_model
 from wmh_lora.config import PreprocessConfig
 from wmh_lora.engine import WMHInferenceEngine
-from wmh_lora.engine_looks import See, Stack, average_looks, whole_stack
+from wmh_lora.engine_looks import Looks, See, Stack, average_looks, whole_stack
 from wmh_lora.engine_views import SliceMaps
 from wmh_lora.models.registry import Model
 from wmh_lora.preprocess import Prepared, preprocess
@@ -59,8 +59,8 @@ def _average(
     prepared: Prepared, first: SliceMaps, see: See, *, evidence_only: bool, **looks: Any
 ) -> SliceMaps:
     stack = whole_stack(prepared)
-    looks = looks or {"planes": 3}
-    return average_looks(stack, prepared, first, see, evidence_only=evidence_only, **looks)
+    chosen = Looks(**(looks or {"planes": 3}))
+    return average_looks(stack, prepared, first, see, chosen, evidence_only=evidence_only)
 
 
 def as_shown(stack: Stack, shown: NDArray[np.bool_] | None) -> SliceMaps:
@@ -262,8 +262,10 @@ def test_without_memory_for_further_looks_the_scan_is_seen_once(
     monkeypatch.setattr("wmh_lora.engine_memory.resident_bytes", lambda: 0)
     monkeypatch.setattr("wmh_lora.engine_memory._OVERHEAD_BYTES", 0)
     limited = engine.segment(volume, max_memory="20M")
-    assert any("seen once" in warning for warning in limited.warnings)
+    assert any("gets one" in warning for warning in limited.warnings)
     assert limited.uncertainty is None
+    assert (limited.settings["zoom"], limited.settings["used"]["zoom"]) == (1.2, 1.0)
+    assert (limited.settings["planes"], limited.settings["used"]["planes"]) == ("all", 1)
     once = engine.segment(volume, planes="one", zoom=1)
     np.testing.assert_array_equal(limited.probability, once.probability)
 
@@ -314,8 +316,7 @@ def test_a_t1_is_turned_and_enlarged_with_the_scan(evidence_only: bool) -> None:
         prepared,
         first,
         see,
-        planes=3,
-        zoom=1.2,
+        Looks(3, 1.2),
         evidence_only=evidence_only,
     )
     assert shown == [("coronal", 1.0), ("sagittal", 1.0), ("axial", 1.2)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import pytest
 from tests.phantoms import brightness_model, head
 from wmh_lora import engine_memory
 from wmh_lora.engine import WMHInferenceEngine
+from wmh_lora.engine_looks import Looks
 from wmh_lora.engine_memory import ScanSize, batch_within, looks_within, resident_bytes
 from wmh_lora.errors import ConfigError
 from wmh_lora.logs import collect_warnings
 from wmh_lora.sizes import format_size, parse_size
 
-SCAN = ScanSize(voxels=256 * 256 * 40, slices=40, pixels=224 * 192, views=1)
+SCAN = ScanSize(voxels=256 * 256 * 40, slices=40, pixels=224 * 192, views=1, looks=Looks())
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,7 @@ def test_too_little_says_what_would_do() -> None:
 
 
 def test_views_take_memory_and_leaving_them_out_is_advised() -> None:
-    several = ScanSize(SCAN.voxels, SCAN.slices, SCAN.pixels, views=8)
+    several = ScanSize(SCAN.voxels, SCAN.slices, SCAN.pixels, views=8, looks=Looks())
     assert several.native_bytes > SCAN.native_bytes
     with pytest.raises(ConfigError, match="test-time augmentation"):
         batch_within("310M", several, "compact", 1)
@@ -52,20 +54,21 @@ def test_views_take_memory_and_leaving_them_out_is_advised() -> None:
 
 def test_a_larger_look_takes_more_memory() -> None:
     plain, again, larger = (
-        ScanSize(SCAN.voxels, SCAN.slices, SCAN.pixels, 1, looks, zoom).grid_bytes
-        for looks, zoom in ((1, 1.0), (2, 1.0), (2, 1.5))
+        replace(SCAN, looks=looks).grid_bytes for looks in (Looks(), Looks(3), Looks(3, 1.5))
     )
     assert plain < again < larger
-    once, twice = (ScanSize(SCAN.voxels, SCAN.slices, SCAN.pixels, 1, n, 1.5) for n in (1, 2))
+    once, twice = SCAN, replace(SCAN, looks=Looks(zoom=1.5))
     assert (once.largest_pixels, twice.largest_pixels) == (SCAN.pixels, 2.25 * SCAN.pixels)
 
 
 def test_without_room_for_all_looks_one_is_seen_and_it_is_said() -> None:
-    isotropic = ScanSize(voxels=512 * 512 * 400, slices=400, pixels=208 * 176, views=1, looks=3)
+    isotropic = ScanSize(
+        voxels=512 * 512 * 400, slices=400, pixels=208 * 176, views=1, looks=Looks(3)
+    )
     with collect_warnings() as warnings:
-        assert looks_within("8G", isotropic, "compact", 2) == (3, 2)
+        assert looks_within("8G", isotropic, "compact", 2) == (Looks(3), 2)
         assert not warnings
-        assert looks_within("2G", isotropic, "compact", 2) == (1, 2)
+        assert looks_within("2G", isotropic, "compact", 2) == (Looks(), 2)
     assert "no room for 3 looks" in warnings[0]
     with pytest.raises(ConfigError, match="one slice at a time"):
         looks_within("400M", isotropic, "compact", 2)

@@ -112,6 +112,16 @@ def test_grades_follow_reach_and_diameter(reach: int, wide: int, grades: tuple[i
     assert "Estimate" in estimate.rule
 
 
+def test_a_lesion_within_the_outlined_ventricles_is_graded() -> None:
+    """Both outlines are the network's, and may overlap."""
+    _, structures = head()
+    mask = np.zeros_like(structures["ventricles"])
+    mask[tuple(np.argwhere(structures["ventricles"])[:40].T)] = 1
+    estimate = locate_lesions(mask, AFFINE, structures).fazekas
+    assert estimate is not None
+    assert (estimate.periventricular, estimate.periventricular_reach_mm) == (1, 0.0)
+
+
 def test_what_is_not_known_says_why() -> None:
     found = locate_lesions(head()[0], AFFINE, {})
     whole = ("icv_ml", "wmh_percent_of_icv", "near_surface_count", "infratentorial_count")

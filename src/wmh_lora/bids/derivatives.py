@@ -173,6 +173,8 @@ def save_scan(
     ------
     DataError
         If files exist and ``overwrite`` is not set, or if they cannot be written.
+    ConfigError
+        If the folder cannot be made or written to.
     """
     report = segmentation.report()
     files = derived_files(out_dir, scan.name)

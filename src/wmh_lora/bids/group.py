@@ -119,6 +119,8 @@ def write_group(table: GroupTable, out_dir: Path, *, overwrite: bool = False) ->
     ------
     DataError
         If they exist and ``overwrite`` is not set, or cannot be written.
+    ConfigError
+        If the folder cannot be made or written to.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_MINIMAL)

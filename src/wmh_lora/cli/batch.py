@@ -277,12 +277,17 @@ def _write_table(plan: Plan, outcome: Outcome, options: Options) -> Path:
     from wmh_lora.report.tables import cohort_row, cohort_table, failed_row
 
     rows = {done.scan.name: cohort_row(done.scan.name, done.report) for done in outcome.done}
-    for failure in outcome.failures:
-        rows[failure.name] = failed_row(failure.name, failure.source.name, failure.message)
-    ordered = [rows.pop(scan.name) for scan in plan.scans]
+    failed = [
+        (failure, failed_row(failure.name, failure.source.name, failure.message))
+        for failure in outcome.failures
+    ]
+    # an input that holds no scan may be called like a scan of another input
+    rows |= {failure.name: row for failure, row in failed if failure not in plan.failures}
+    inputs = [row for failure, row in failed if failure in plan.failures]
+    ordered = [rows[scan.name] for scan in plan.scans]
     path = options.out_dir / COHORT_TABLE
     with open_atomic(path, overwrite=options.overwrite) as stream:
-        stream.write(cohort_table([*ordered, *rows.values()]).encode("utf-8"))
+        stream.write(cohort_table([*ordered, *inputs]).encode("utf-8"))
     return path
 
 

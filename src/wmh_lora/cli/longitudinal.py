@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["longitudinal"]
 
+_KINDS = ("new", "grown", "shrunk", "stable", "vanished", "not assessable", "too small")
+
 
 class _ManyFiles(click.Command):
     """Lets ``--masks`` take all paths up to the next option, as it takes one for each visit."""
@@ -243,11 +245,7 @@ def _summary(result: FollowUp) -> list[str]:
         percent = "" if total.percent is None else f" ({total.percent:+.1f} %)"
         verdict = "within" if total.within_repeatability else "beyond"
         kinds = [lesion.changes[number].kind for lesion in result.lesions]
-        counts = ", ".join(
-            f"{kinds.count(kind)} {kind}"
-            for kind in ("new", "grown", "shrunk", "stable", "vanished", "not assessable")
-            if kinds.count(kind)
-        )
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in _KINDS if kinds.count(kind))
         lines.append(
             f"{names[0]} to {names[1]}: {total.change_ml:+.2f} mL{percent}, {verdict} the "
             f"repeatability of {total.limit_ml:.2f} mL; {counts or 'no lesions'}"

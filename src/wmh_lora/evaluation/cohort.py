@@ -154,7 +154,9 @@ def pair_folders(
             "subject, session and scan; rename them, or name the references' layout."
         )
     sites = sites or {}
-    pairs = [Pair(series, p, r, site=sites.get(r.subject) or r.site or p.site) for p, r in matches]
+    pairs = [
+        Pair(series, p, r, site=sites.get(_bare_subject(r)) or r.site or p.site) for p, r in matches
+    ]
     unpaired = [Unpaired(series, "prediction", f.path, why) for f, why in left]
     unpaired += [Unpaired(series, "reference", f.path, why) for f, why in right]
     return Pairing(pairs, unpaired)

@@ -33,7 +33,8 @@ class ScanFile:
     path : Path
         The file.
     subject, session : str
-        Labels without the prefixes of BIDS.
+        Labels, as the layout tells them: those of BIDS come without prefixes, a flat folder's
+        subject may have one.
     scan : str
         What tells several scans of one session apart, such as a run or an image number.
     site : str

@@ -32,7 +32,7 @@ from wmh_lora.models.linear import Linear
 from wmh_lora.models.sam_vit_attention import Attention
 from wmh_lora.models.tiny_vit_blocks import ChannelNorm, PointwiseConv
 
-__all__ = ["SAM_VIT_SPECS", "SamViT", "SamViTSpec", "random_sam_vit"]
+__all__ = ["SAM_VIT_SPECS", "SamViT", "SamViTSpec"]
 
 PATCH = 16  # pixels
 STORED_SIDE = 64  # patches along the sides of the pictures that SAM was trained on: 1024 pixels
@@ -227,20 +227,3 @@ def _check_shape(images: Tensor) -> None:
             f"SamViT takes a height and width that are positive multiples of {PATCH} pixels, "
             f"found {shape[2]} x {shape[3]}; pad or crop the images first."
         )
-
-
-def random_sam_vit(name: str, seed: int) -> SamViT:
-    """Build an untrained encoder whose weights depend on ``seed`` alone, frozen, in eval mode.
-
-    For tests and for checking shapes; the global random state is left as it was.
-
-    Parameters
-    ----------
-    name : {"vit_b", "vit_l", "vit_h"}
-        Size of the encoder, a key of `SAM_VIT_SPECS`.
-    seed : int
-        Of the random weights.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return SamViT(SAM_VIT_SPECS[name]).requires_grad_(False).eval()

@@ -218,7 +218,7 @@ def _uncertainty(segmentation: Segmented, report: Mapping[str, Any]) -> Figure:
 def _why_seen_once(settings: Mapping[str, Any]) -> str:
     if settings.get("tta") != "none":
         return "Not computed for this scan."
-    closer = settings.get("zoom", 1.0) > 1.0
+    closer = settings.get("zoom", 1.0) > 1.0  # was asked for
     why = ", for want of memory" if closer else " (--tta none, --zoom 1)"
     return f"It takes several looks; this scan was seen once{why}."
 
@@ -266,10 +266,11 @@ def _model(report: Mapping[str, Any]) -> str:
 def _views(settings: Mapping[str, Any]) -> str:
     views = str(settings.get("tta", "unknown views"))
     text = _VIEWS.get(views, views)
-    if settings.get("planes") == "all":
-        text = f"{text}, in all planes of isotropic scans"
-    if settings.get("zoom", 1.0) > 1.0:
-        text = f"{text}, evidence once more {settings['zoom']:g} times larger"
+    used = settings.get("used", {})
+    if used.get("planes", 1) > 1:
+        text = f"{text}, in three planes"
+    if used.get("zoom", 1.0) > 1.0:
+        text = f"{text}, evidence once more {used['zoom']:g} times larger"
     # slices without evidence of a lesion were then seen in one view
     return f"{text}, adaptive" if settings.get("adaptive") and views != "none" else text
 
@@ -295,8 +296,8 @@ def setting_rows(report: Mapping[str, Any], analysed_on: date) -> list[tuple[str
     if settings.get("t1"):
         moved = ", registered to the FLAIR" if settings.get("register_t1") else ""
         rows.append(("T1", f"{report.get('t1_file') or 'not from a file'}{moved}"))
-    if "precision" in settings:
-        rows.append(("Precision", str(settings["precision"])))
+    if "used" in settings:
+        rows.append(("Precision", str(settings["used"]["precision"])))
     if report.get("file_sha256"):
         rows.append(("SHA-256 of the file", str(report["file_sha256"])))
     if report.get("t1_sha256"):

@@ -253,6 +253,8 @@ def save_follow_up(
     ------
     DataError
         If files exist and ``overwrite`` is not set, or cannot be written; nothing is left behind.
+    ConfigError
+        If the folder cannot be made or written to.
     """
     files = follow_up_files(result, out_dir, stem)
     scans = [result.alignment.scan(i, visit.volume) for i, visit in enumerate(result.visits)]

@@ -27,7 +27,7 @@ COLOURS_RGB = {
     "not assessable": (150, 150, 150),
 }
 """Vermilion, yellow, sky blue, purple and green of the Okabe-Ito palette, brightened: told apart
-by every reader, and none occurs in a grey picture."""
+by every reader, and none occurs in a grey picture. What is not assessable is grey."""
 
 _SLICES = 8
 _COLUMNS = 4

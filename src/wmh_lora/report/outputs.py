@@ -94,8 +94,9 @@ class Segmentation:
     volume_ml : float
         Total lesion volume in millilitres.
     settings : mapping
-        Threshold, smallest lesion size, test-time augmentation and device, as used; ``thresholds``
-        are those of scans seen in one plane and in three.
+        As asked for, but for the threshold, which is the one used; ``thresholds`` are those of
+        scans seen in one plane and in three. ``used`` has planes, zoom and precision as they
+        were, which memory and processor decide as well.
     model : mapping
         Name, sha256 and base encoder of the model.
     warnings : tuple of str
@@ -197,7 +198,8 @@ class Segmentation:
             If results exist and ``overwrite`` is not set, or if they cannot be written; nothing
             of the scan is then left behind.
         ConfigError
-            If a PDF is asked for and matplotlib is not installed.
+            If the folder cannot be made or written to, or a PDF is asked for and matplotlib is not
+            installed.
         """
         files = output_files(out_dir, stem or self._stem, page)
         with (

@@ -39,7 +39,9 @@ def saved_together(
     Raises
     ------
     DataError
-        If a target exists and ``overwrite`` is not set, or on any error of the file system.
+        If a target exists and ``overwrite`` is not set, or on an error of the file system.
+    ConfigError
+        If the folder cannot be made or written to.
     """
     existing = [path for path in targets if os.path.lexists(path)]
     if existing and not overwrite:
@@ -59,7 +61,7 @@ def saved_together(
             raise DataError(f"Cannot write results to {folder}: {reason}.") from error
         except DataError as error:
             # the reader knows the target, not the temporary name
-            raise DataError(str(error).replace(str(temporary), str(folder))) from error
+            raise type(error)(str(error).replace(str(temporary), str(folder))) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

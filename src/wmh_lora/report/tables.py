@@ -11,6 +11,7 @@ from typing import Any
 from nibabel.orientations import aff2axcodes
 
 from wmh_lora._version import __version__
+from wmh_lora.errors import DataError
 from wmh_lora.files import file_sha256
 from wmh_lora.postprocess import Lesion
 from wmh_lora.quality import QualityReport
@@ -156,7 +157,15 @@ def scan_report(
 
 
 def _name_and_sha256(path: Path | None) -> tuple[str, str] | tuple[None, None]:
-    return (None, None) if path is None else (path.name, file_sha256(path))
+    if path is None:
+        return None, None
+    try:
+        return path.name, file_sha256(path)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read any more ({error.strerror}), so its checksum is not known; "
+            "leave scans where they are until their results are written."
+        ) from error
 
 
 def cohort_row(scan: str, report: Mapping[str, Any]) -> dict[str, str]:

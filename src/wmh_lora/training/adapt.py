@@ -187,7 +187,7 @@ class _Adaptation:
             self.progress(number, count, f"base model on {case.name}")
             volume, maps = self._predict(engine, case)
             # a site's scans are alike: all are seen in one plane, or all in three
-            threshold = self.card.inference.threshold_of(maps.planes)
+            threshold = self.card.inference.threshold_of(maps.looks.planes)
             grid = grid or SettingGrid(self.card.inference.changed(threshold=threshold))
             rows.append(grid.dice(maps.probability, read_reference(case, volume)))
             structures.append(self.scans.write_structures(maps.structure_masks, volume, number))

@@ -13,23 +13,19 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wmh_lora.errors import DataError, WeightsError
 from wmh_lora.files import write_failure
-from wmh_lora.models.lora import load_lora_into_peft
-from wmh_lora.models.model_file import ModelCard, load_model_file, load_trained_parts, save_model
-from wmh_lora.models.network import build_network
 
 __all__ = [
     "Checkpoint",
     "checkpoint_paths",
-    "export_model",
     "load_newest_checkpoint",
     "load_trained_state",
     "save_checkpoint",
@@ -199,54 +195,6 @@ def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
             "start over."
         )
     return None
-
-
-def export_model(
-    run_dir: Path,
-    out: Path,
-    *,
-    which: Literal["best", "last"] = "best",
-    half: bool = True,
-    **meta: Any,
-) -> ModelCard:
-    """Turn a model of a run into a model file to ship.
-
-    Parameters
-    ----------
-    run_dir
-        Folder of the run.
-    out
-        Model file to write.
-    which
-        The model that validated best, or the one at the end of the schedule.
-    half
-        Store float16.
-    **meta
-        Fields of the model card to set, such as ``name``, ``inference``, ``metrics``; the entries
-        of ``training`` and ``metrics`` are added to those of the run.
-
-    Returns
-    -------
-    ModelCard
-        The card as written.
-
-    Raises
-    ------
-    WeightsError
-        If the run holds no such model yet.
-    """
-    source = run_dir / f"{which}.safetensors"
-    if not source.is_file():
-        raise WeightsError(f"{source} is not there yet: train until the first validation.")
-    card, tensors = load_model_file(source)
-    for name in ("training", "metrics"):
-        meta[name] = {**getattr(card, name), **meta.get(name, {})}
-    card = replace(card, **meta)
-    # A frozen encoder is not in the file and does not matter; one trained in full is loaded next.
-    net = build_network(card.model, None, for_training=True, unset_encoder=True)
-    load_lora_into_peft(net.encoder, load_trained_parts(net, tensors))
-    save_model(out, net, card, half=half)
-    return card
 
 
 def _read(path: Path) -> Checkpoint:

@@ -49,7 +49,6 @@ def forget_records_after(path: Path, step: int, validated_step: int) -> None:
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN or infinity: they become null."""
     """Copy in which None stands for NaN and infinities, which JSON does not have."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value

@@ -128,8 +128,10 @@ def test_the_data_set_itself_is_no_output_folder(tmp_path: Path) -> None:
 
 class TestToBids:
     def test_a_run_of_the_app_knows_its_results_again(self, tmp_path: Path, scan: RawScan) -> None:
-        """Also where a scan seen in three planes would have had another threshold."""
-        model = brightness_model(planes="all", threshold=0.6, threshold_three_planes=0.2)
+        """Also where three planes have another threshold, or the processor chose the precision."""
+        model = brightness_model(
+            planes="all", threshold=0.6, threshold_three_planes=0.2, precision="auto"
+        )
         found = WMHInferenceEngine(model, "cpu").segment(scan.source)
         found.to_bids(tmp_path / "library")
         record = settings_record(model.describe(), model.card.inference)

@@ -107,6 +107,12 @@ class TestFolders:
         ]
         assert [p.subject_key for p in pairing.pairs] == ["Utrecht/0", "Utrecht/2"]
 
+    def test_sites_are_found_whether_or_not_folders_are_called_sub(self, tmp_path: Path) -> None:
+        for folder in ("pred", "ref"):
+            write_mask(tmp_path / folder / "sub-01" / "mask.nii.gz")
+        pairing = pair_folders("c", tmp_path / "pred", tmp_path / "ref", sites={"01": "Oslo"})
+        assert [p.site for p in pairing.pairs] == ["Oslo"]
+
     def test_predictions_of_bids_scans_against_flat_references(self, tmp_path: Path) -> None:
         write_mask(tmp_path / "p" / "sub-01_space-orig_label-WMH_mask.nii.gz")
         write_mask(tmp_path / "r" / "01_wmh.nii.gz")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from wmh_lora.cli.longitudinal import _KINDS
 from wmh_lora.longitudinal.align import align_visits
-from wmh_lora.longitudinal.changes import FollowedLesion, Rules, follow_lesions
+from wmh_lora.longitudinal.changes import CHANGES, FollowedLesion, Rules, follow_lesions
 from wmh_lora.longitudinal.repeatability import boundary_sd_ml
 from wmh_lora.volume import Volume
 
@@ -97,3 +98,7 @@ def test_the_deviation_of_a_ball_is_its_area_times_that_of_its_boundary() -> Non
     (found,) = boundary_sd_ml(ball, 1, volume, 0.29)
     assert found == pytest.approx(4 * np.pi * 30**2 * 0.29 * 2 / 1000, rel=0.05)
     assert boundary_sd_ml(0 * ball, 0, volume, 0.29).shape == (0,)
+
+
+def test_the_command_tells_every_kind_of_change() -> None:
+    assert {*_KINDS, "absent"} == CHANGES.keys()

@@ -124,9 +124,11 @@ def test_shows_the_figures(html: str) -> None:
 
 
 def test_says_that_further_views_were_adaptive(segmentation: Segmentation) -> None:
-    settings = {**segmentation.settings, "adaptive": True, "precision": "bfloat16"}
+    used = {"planes": 3, "zoom": 1.2, "precision": "bfloat16"}
+    settings = {**segmentation.settings, "adaptive": True, "used": used}
     text = page_of(replace(segmentation, settings=settings)).text
-    assert "4 views (flips), adaptive" in text
+    views = "4 views (flips), in three planes, evidence once more 1.2 times larger, adaptive"
+    assert views in text
     assert "Precision bfloat16" in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,14 @@ def test_a_full_disk_leaves_nothing(
     monkeypatch.setattr(Image.Image, "save", _fail)
     with pytest.raises(DataError, match="no space is left on the disk"):
         result.save(tmp_path / "out", stem="a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scan_that_is_gone_is_told_as_such(tmp_path: Path, result: Segmentation) -> None:
+    """Its checksum goes into the report."""
+    gone = replace(result, volume=replace(result.volume, path=tmp_path / "gone.nii.gz"))
+    with pytest.raises(DataError, match="cannot be read any more"):
+        gone.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
