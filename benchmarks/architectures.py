@@ -41,11 +41,11 @@ from benchmarks.training import training_step
 from wmh_lora import __version__
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.evaluation.selection import mean_interval
-from wmh_lora.evaluation.sweep import sweep
+from wmh_lora.evaluation.sweep import THRESHOLDS, sweep
 from wmh_lora.models.allocator import keep_freed_memory
 from wmh_lora.models.registry import load_model
 from wmh_lora.training.settings import read_run_config
-from wmh_lora.training.tune import THRESHOLDS, read_reference
+from wmh_lora.training.tune import read_reference
 from wmh_lora.training.tune_cases import TuningCase, cases_of_folders
 from wmh_lora.volume import Volume
 

@@ -14,6 +14,7 @@ from scipy.spatial import cKDTree
 
 from wmh_lora.postprocess import Lesion, label_lesions, lesion_box
 from wmh_lora.structures import BoolArray, bounding_box, surface
+from wmh_lora.volume import voxel_volume_ml
 
 __all__ = [
     "LesionVoxels",
@@ -53,7 +54,7 @@ class LesionVoxels:
     @property
     def voxel_ml(self) -> float:
         """Volume of a voxel in millilitres."""
-        return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000.0
+        return voxel_volume_ml(self.affine)
 
     def reduce(self, operation: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
         """Combine the values (n,) of each lesion's voxels, one result a lesion."""

@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from wmh_lora.errors import ConfigError, DataError
 from wmh_lora.structures import bounding_box
+from wmh_lora.volume import voxel_volume_ml
 
 __all__ = [
     "Lesion",
@@ -288,7 +289,6 @@ def label_lesions(
         return labels, []
     affine = np.asarray(affine, dtype=np.float64)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000.0
     native_axes = _axes_by_direction(affine)
     indices = np.nonzero(labels)
     owner = labels[indices] - 1
@@ -306,7 +306,7 @@ def label_lesions(
             Lesion(
                 index=rank,
                 voxels=int(voxels[n]),
-                volume_ml=int(voxels[n]) * voxel_ml,
+                volume_ml=int(voxels[n]) * voxel_volume_ml(affine),
                 centroid_mm=_triple(centroids[n]),
                 extent_mm=_triple([size[axis] for axis in native_axes]),
             )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from wmh_lora.errors import GridMismatchError
+from wmh_lora.volume import voxel_volume_ml
 
 __all__ = [
     "BRAIN_RANGE_ML",
@@ -103,7 +104,7 @@ def find_brain(structure_masks: Mapping[str, NDArray[Any]], affine: NDArray[Any]
     if box is None:
         return Structure(reason="the model found no brain")
     inside = _fill_holes(_largest_component(np.asarray(marked[box]) != 0))
-    volume_ml = int(inside.sum()) * _voxel_ml(affine)
+    volume_ml = int(inside.sum()) * voxel_volume_ml(affine)
     if inside.size == marked.size and inside.all():
         return Structure(volume_ml=volume_ml, reason="the brain found fills the whole image")
     low, high = BRAIN_RANGE_ML
@@ -142,7 +143,7 @@ def find_ventricles(
     box = bounding_box(marked)
     if box is None:
         return Structure(reason="the model found no ventricles")
-    voxel_ml = _voxel_ml(affine)
+    voxel_ml = voxel_volume_ml(affine)
     labels, count = _label(np.asarray(marked[box]) != 0, np.ones((3, 3, 3)))
     sizes = _component_sizes(labels, count)
     keep = sizes * voxel_ml >= _VENTRICLE_PART_ML
@@ -246,10 +247,6 @@ def surface(mask: BoolArray) -> BoolArray:
         inner[tuple(behind)] &= mask[tuple(ahead)]
         inner[tuple(ahead)] &= mask[tuple(behind)]
     return np.asarray(mask & ~inner, dtype=np.bool_)
-
-
-def _voxel_ml(affine: NDArray[Any]) -> float:
-    return abs(float(np.linalg.det(np.asarray(affine, dtype=np.float64)[:3, :3]))) / 1000.0
 
 
 def _largest_component(mask: BoolArray) -> BoolArray:

@@ -25,7 +25,7 @@ from wmh_lora.errors import ConfigError, DataError, GridMismatchError
 from wmh_lora.preprocess import Prepared
 from wmh_lora.preprocess_head import find_background, find_head
 from wmh_lora.view import View
-from wmh_lora.volume import Volume
+from wmh_lora.volume import Volume, voxel_volume_ml
 
 __all__ = [
     "SMALLEST_OVERLAP",
@@ -243,16 +243,12 @@ def shared_head(
     in_view = _inside(to_grid(np.linalg.inv(t1.affine), world), t1.shape).mean()
     where = np.rint(to_grid(np.linalg.inv(t1_affine), world)).astype(np.int64)
     known = _inside(where.astype(np.float64), t1_head.shape)
-    common = float(t1_head[tuple(where[:, known])].sum()) * _cell_ml(flair_affine)
+    common = float(t1_head[tuple(where[:, known])].sum()) * voxel_volume_ml(flair_affine)
     smaller = min(
-        float(head.sum()) * _cell_ml(affine)
+        float(head.sum()) * voxel_volume_ml(affine)
         for head, affine in ((flair_head, flair_affine), (t1_head, t1_affine))
     )
     return min(float(in_view), common / smaller, 1.0)
-
-
-def _cell_ml(affine: DoubleArray) -> float:
-    return float(abs(np.linalg.det(affine[:3, :3]))) / 1000.0
 
 
 def _judge(overlap: float, t1: Volume, flair: Volume) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "find_images",
     "image_stem",
     "open_atomic",
+    "voxel_volume_ml",
     "write_nifti",
 ]
 
@@ -59,6 +60,11 @@ _CONTENT_FIELDS: dict[str, Any] = {
     "scl_inter": 0.0,
     "descrip": b"wmh-lora",
 }
+
+
+def voxel_volume_ml(affine: npt.NDArray[np.float64]) -> float:
+    """Return the volume of a voxel in mL, shear included: the determinant of an affine in mm."""
+    return float(abs(np.linalg.det(affine[:3, :3]))) / 1000.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +112,7 @@ class Volume:
     @property
     def voxel_volume_ml(self) -> float:
         """Volume of one voxel in mL, shear included (determinant of the affine)."""
-        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000.0
+        return voxel_volume_ml(self.affine)
 
     def finite_data(self) -> npt.NDArray[np.float32]:
         """Return the intensities, 0 for NaN and infinity; `data` itself where all are finite."""

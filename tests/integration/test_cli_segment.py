@@ -136,7 +136,7 @@ class TestOneScan:
     def test_a_pdf_without_matplotlib_is_refused_before_any_work(
         self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("wmh_lora.report.pdf.find_spec", lambda name: None)
+        monkeypatch.setattr("wmh_lora.report.extras.find_spec", lambda name: None)
         write_head(tmp_path / "sub-01_FLAIR.nii.gz")
         result = run("sub-01_FLAIR.nii.gz", options=("--report", "pdf"))
         assert result.exit_code == 2

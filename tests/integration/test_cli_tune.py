@@ -153,7 +153,7 @@ def test_a_dry_run_prints_only_and_needs_no_matplotlib(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = file_sha256(run / "best.safetensors")
-    monkeypatch.setattr("wmh_lora.cli.tune.find_spec", lambda _: None)
+    monkeypatch.setattr("wmh_lora.report.extras.find_spec", lambda _: None)
     refused = _tune(run, "--no-tta")
     assert refused.exit_code == 2
     assert "wmh-lora[evaluate]" in refused.output

@@ -13,8 +13,8 @@ from benchmarks.architectures import (
 )
 from benchmarks.harness import Timings
 from benchmarks.training import training_step
+from wmh_lora.evaluation.sweep import THRESHOLDS
 from wmh_lora.training.settings import read_run_config
-from wmh_lora.training.tune import THRESHOLDS
 
 _COMPUTER = {"cpu": "a CPU", "cores": 2, "threads": 2, "torch": "2.0"}
 

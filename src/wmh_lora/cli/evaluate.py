@@ -136,9 +136,11 @@ def evaluate(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
 
     Exit code: 0 all done; 1 some files failed or were unpaired, the rest are done; 2 wrong usage.
     """  # noqa: D301 -- \b keeps click from joining the lines of the list
+    from wmh_lora.report.extras import require
+
     options = _options(given, debug=ctx.obj["debug"])
     if options.figures:
-        _require_matplotlib()
+        require("matplotlib", extra="evaluate", purpose="A figure", instead="add --no-figures")
     _refuse_existing(options)
     evaluation = _score(options)
     if not evaluation.cases:
@@ -198,16 +200,6 @@ def _options(given: dict[str, Any], *, debug: bool) -> _Options:
         if len(given[option]) > 1 and (kind != "cohorts" or len(given[option]) != len(folders)):
             raise click.UsageError(f"Give --{option} once, or once for each --dataset.")
     return _Options(kind=kind, folders=folders, debug=debug, **given)
-
-
-def _require_matplotlib() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise ConfigError(
-            "Figures need matplotlib, which is not installed: pip install 'wmh-lora[evaluate]', or "
-            "add --no-figures."
-        )
 
 
 def _refuse_existing(options: _Options) -> None:

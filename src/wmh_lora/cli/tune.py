@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,12 +158,18 @@ def tune(
     from wmh_lora.logs import progress_bar
     from wmh_lora.models.allocator import keep_freed_memory
     from wmh_lora.models.model_file import read_model_card, rewrite_card, weights_sha256
+    from wmh_lora.report.extras import require
     from wmh_lora.report.tuning import OUTPUTS, summary_lines, write_tuning
     from wmh_lora.training.tune import tune as search
     from wmh_lora.training.tune import tuned_card
 
     if not dry_run:
-        _require_matplotlib()
+        require(
+            "matplotlib",
+            extra="evaluate",
+            purpose="The report's figure",
+            instead="add --dry-run to print the result only",
+        )
         _prepare_folder(folder, OUTPUTS, overwrite)
     keep_freed_memory()
     if threads is not None:
@@ -190,15 +195,6 @@ def tune(
     write_tuning(tuning, description, folder, overwrite=overwrite)
     rewrite_card(model, tuned_card(card, tuning), target=target, overwrite=overwrite)
     click.echo(f"{target or model}\n{folder / 'tuning.md'}")
-
-
-def _require_matplotlib() -> None:
-    """Find out before minutes of work that the figure cannot be drawn."""
-    if find_spec("matplotlib") is None:
-        raise ConfigError(
-            "The report has a figure that needs matplotlib, which is not installed: pip install "
-            "'wmh-lora[evaluate]', or add --dry-run to print the result only."
-        )
 
 
 def _model_file(run: str, checkpoint: str) -> Path:

@@ -24,7 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wmh_lora.config import TTA_MODES, TtaMode
-from wmh_lora.evaluation.statistics import LEVEL, RESAMPLES, SEED, Interval, summarise
+from wmh_lora.evaluation.statistics import (
+    RESAMPLES,
+    SEED,
+    Interval,
+    bootstrap_weights,
+    percentile_interval,
+    summarise,
+)
 
 __all__ = [
     "Setting",
@@ -143,11 +150,9 @@ def mean_band(scores: FloatArray) -> tuple[FloatArray, FloatArray]:
     if count < 2:
         undefined = np.full(scores.shape[1], np.nan)
         return undefined, undefined.copy()
-    rng = np.random.default_rng(SEED)
-    drawn = rng.multinomial(count, np.full(count, 1.0 / count), size=RESAMPLES)
-    tail = 100.0 * (1.0 - LEVEL) / 2.0
+    drawn = bootstrap_weights(count, RESAMPLES, SEED)
     # One column at a time: all means of all resamples at once would take a hundred megabytes.
-    bands = [np.percentile(drawn @ column / count, (tail, 100.0 - tail)) for column in scores.T]
+    bands = [percentile_interval(drawn @ column / count) for column in scores.T]
     low, high = np.asarray(bands, dtype=np.float64).T
     return low, high
 

@@ -34,9 +34,11 @@ __all__ = [
     "Interval",
     "PairedComparison",
     "Summary",
+    "bootstrap_weights",
     "compare_paired",
     "holm_adjusted",
     "mean_shift",
+    "percentile_interval",
     "summarise",
 ]
 
@@ -154,9 +156,9 @@ def summarise(
         return Summary(0, 0, undefined, nan, UNDEFINED, nan, UNDEFINED, nan, nan, nan)
     means, medians = UNDEFINED, UNDEFINED
     if count > 1:
-        weights = _bootstrap_weights(count, resamples, seed)
-        means = _percentile_interval(_weighted_means(defined, owners, weights))
-        medians = _percentile_interval(_weighted_medians(defined, owners, weights))
+        weights = bootstrap_weights(count, resamples, seed)
+        means = percentile_interval(_weighted_means(defined, owners, weights))
+        medians = percentile_interval(_weighted_medians(defined, owners, weights))
     return Summary(
         scans=len(defined),
         subjects=count,
@@ -198,12 +200,12 @@ def mean_shift(
         count = int(owners.max()) + 1 if len(owners) else 0
         means.append(float(defined.mean()) if count else math.nan)
         if count > 1:
-            weights = _bootstrap_weights(count, resamples, seed + number)
+            weights = bootstrap_weights(count, resamples, seed + number)
             resampled.append(_weighted_means(defined, owners, weights))
     difference = means[1] - means[0]
     if len(resampled) < 2:
         return difference, UNDEFINED
-    return difference, _percentile_interval(resampled[1] - resampled[0])
+    return difference, percentile_interval(resampled[1] - resampled[0])
 
 
 def compare_paired(
@@ -249,8 +251,8 @@ def compare_paired(
     nonzero = per_subject[per_subject != 0]
     interval = UNDEFINED
     if count > 1:
-        weights = _bootstrap_weights(count, resamples, seed)
-        interval = _percentile_interval(_weighted_means(differences, owners, weights))
+        weights = bootstrap_weights(count, resamples, seed)
+        interval = percentile_interval(_weighted_means(differences, owners, weights))
     return PairedComparison(
         scans=len(differences),
         subjects=count,
@@ -298,7 +300,7 @@ def _defined(
 
 
 @lru_cache(maxsize=2)  # every measure of a group of subjects is resampled alike
-def _bootstrap_weights(subjects: int, resamples: int, seed: int) -> FloatArray:
+def bootstrap_weights(subjects: int, resamples: int, seed: int) -> FloatArray:
     """How often each resample holds each subject (resamples, subjects)."""
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(subjects, np.full(subjects, 1.0 / subjects), size=resamples)
@@ -332,7 +334,8 @@ def _weighted_medians(
     return np.concatenate(medians)
 
 
-def _percentile_interval(resampled: FloatArray) -> Interval:
+def percentile_interval(resampled: FloatArray) -> Interval:
+    """95 % interval of a statistic from its values in the resamples."""
     tail = 100.0 * (1.0 - LEVEL) / 2.0
     low, high = np.percentile(resampled, (tail, 100.0 - tail))
     return Interval(float(low), float(high))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from wmh_lora.evaluation.metrics import challenge_masks, label_lesions
 
-__all__ = ["SWEPT_MEASURES", "sweep"]
+__all__ = ["SWEPT_MEASURES", "THRESHOLDS", "sweep"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -30,6 +30,9 @@ SWEPT_MEASURES: tuple[str, ...] = (
     "precision",
     "recall",
 )
+
+#: Thresholds that are tried for the best one.
+THRESHOLDS: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 
 def sweep(

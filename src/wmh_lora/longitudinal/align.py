@@ -16,7 +16,7 @@ from scipy.linalg import expm, logm
 from wmh_lora.errors import DataError
 from wmh_lora.preprocess_head import find_background
 from wmh_lora.registration import rigid_movement
-from wmh_lora.volume import Volume
+from wmh_lora.volume import Volume, voxel_volume_ml
 
 __all__ = ["Alignment", "align_visits"]
 
@@ -58,7 +58,7 @@ class Alignment:
     @property
     def voxel_volume_ml(self) -> float:
         """Volume of a voxel of the half-way grid in millilitres."""
-        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000.0
+        return voxel_volume_ml(self.affine)
 
     def voxels_of(self, visit: int, volume: Volume) -> DoubleArray:
         """Return the matrix from half-way voxels to the voxels of a visit's scan."""

@@ -9,7 +9,7 @@ from wmh_lora.errors import ConfigError
 __all__ = ["require"]
 
 
-def require(library: str, *, extra: str, purpose: str) -> None:
+def require(library: str, *, extra: str, purpose: str, instead: str = "") -> None:
     """Say in a sentence what is missing, before its import fails.
 
     Parameters
@@ -20,6 +20,8 @@ def require(library: str, *, extra: str, purpose: str) -> None:
         The extra of this package that installs it.
     purpose : str
         Begins the sentence, such as ``"A figure"``.
+    instead : str
+        What to do without it.
 
     Raises
     ------
@@ -28,5 +30,6 @@ def require(library: str, *, extra: str, purpose: str) -> None:
     """
     if find_spec(library) is None:
         raise ConfigError(
-            f"{purpose} needs {library}, which is not installed: pip install 'wmh-lora[{extra}]'."
+            f"{purpose} needs {library}, which is not installed: pip install 'wmh-lora[{extra}]'"
+            + (f", or {instead}." if instead else ".")
         )

@@ -9,13 +9,12 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import date
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wmh_lora._version import __version__
-from wmh_lora.errors import ConfigError
+from wmh_lora.report.extras import require
 from wmh_lora.report.html_facts import (
     Figure,
     key_figures,
@@ -98,11 +97,7 @@ def require_matplotlib() -> None:
     ConfigError
         If matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
-        raise ConfigError(
-            "A PDF report needs matplotlib, which is not installed: pip install "
-            "'wmh-lora[evaluate]', or choose --report html."
-        )
+    require("matplotlib", extra="evaluate", purpose="A PDF", instead="choose --report html")
 
 
 def _page(title: str, subtitle: str) -> Page:

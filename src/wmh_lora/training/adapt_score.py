@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from wmh_lora.config import InferenceConfig
 from wmh_lora.evaluation.selection import Setting, choose, simplicity
-from wmh_lora.evaluation.sweep import sweep
-from wmh_lora.training.tune import MIN_VOXELS, THRESHOLDS
+from wmh_lora.evaluation.sweep import THRESHOLDS, sweep
+from wmh_lora.training.tune import MIN_VOXELS
 
 __all__ = ["DiceTable", "SettingGrid"]
 

@@ -29,7 +29,7 @@ from wmh_lora.evaluation.selection import (
     simplicity,
     subject_means,
 )
-from wmh_lora.evaluation.sweep import SWEPT_MEASURES, sweep
+from wmh_lora.evaluation.sweep import SWEPT_MEASURES, THRESHOLDS, sweep
 from wmh_lora.files import file_sha256
 from wmh_lora.logs import Progress
 from wmh_lora.models.model_file import ModelCard
@@ -39,7 +39,6 @@ from wmh_lora.volume import Volume
 __all__ = [
     "METRICS",
     "MIN_VOXELS",
-    "THRESHOLDS",
     "Tuning",
     "read_reference",
     "tune",
@@ -50,7 +49,6 @@ FloatArray = NDArray[np.float64]
 
 #: What can be tuned for, with its measure; defined wherever the reference holds a lesion.
 METRICS: Mapping[str, str] = {"dice": "dice", "f1": "lesion_f1", "avd": "avd_percent"}
-THRESHOLDS: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(1, 20))
 MIN_VOXELS: tuple[int, ...] = (1, 2, 3, 5, 8, 12, 20)
 
 _REFINED = tuple(0.01 * step for step in (-4, -3, -2, -1, 1, 2, 3, 4))

@@ -17,6 +17,7 @@ from torch import nn
 from wmh_lora.errors import ConfigError, GridMismatchError
 from wmh_lora.evaluation.masks import OTHER_PATHOLOGY_LABEL
 from wmh_lora.evaluation.metrics import dice
+from wmh_lora.evaluation.sweep import THRESHOLDS
 from wmh_lora.files import image_stem
 from wmh_lora.models.network import lesion_probability
 from wmh_lora.preprocess import Prepared, context_stack, preprocess, restore, to_model_grid
@@ -24,13 +25,10 @@ from wmh_lora.t1 import prepare_t1
 from wmh_lora.training.settings import RunConfig, ValidationCase
 from wmh_lora.volume import Volume
 
-__all__ = ["THRESHOLDS", "Validator", "best_dice", "predict_probability"]
+__all__ = ["Validator", "best_dice", "predict_probability"]
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
-
-THRESHOLDS: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(1, 20))
-"""Thresholds that are tried for the best one: 0.05 to 0.95."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from wmh_lora.engine_maps import MapProgress, ProbabilityMaps
 from wmh_lora.errors import ConfigError, DataError, GridMismatchError
 from wmh_lora.evaluation.metrics import evaluate
 from wmh_lora.evaluation.selection import Setting
+from wmh_lora.evaluation.sweep import THRESHOLDS
 from wmh_lora.models.model_file import ModelCard
 from wmh_lora.postprocess import apply_threshold, remove_small_components
-from wmh_lora.training.tune import THRESHOLDS, Tuning, tune, tuned_card
+from wmh_lora.training.tune import Tuning, tune, tuned_card
 from wmh_lora.training.tune_cases import TuningCase
 from wmh_lora.volume import Volume, write_nifti
 

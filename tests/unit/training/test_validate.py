@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tests.phantoms import BrightnessNet, head
 from wmh_lora.config import ModelConfig, PreprocessConfig
 from wmh_lora.errors import ConfigError
+from wmh_lora.evaluation.sweep import THRESHOLDS
 from wmh_lora.preprocess import preprocess
 from wmh_lora.training.settings import RunConfig, TrainingConfig, ValidationCase
-from wmh_lora.training.validate import THRESHOLDS, Validator, best_dice, predict_probability
+from wmh_lora.training.validate import Validator, best_dice, predict_probability
 from wmh_lora.volume import Volume, write_nifti
 
 
