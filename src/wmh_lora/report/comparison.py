@@ -16,6 +16,7 @@ from wmh_lora.evaluation.cohort import Case, Unpaired
 from wmh_lora.evaluation.measures import measure
 from wmh_lora.evaluation.statistics import compare_paired, holm_adjusted
 from wmh_lora.files import open_atomic
+from wmh_lora.report import markdown as md
 from wmh_lora.report.evaluation import (
     Evaluation,
     Failure,
@@ -46,8 +47,6 @@ OUTPUTS = (
 COMPARED = ("dice", "hd95_mm", "lesion_f1", "avd_percent")
 
 _SHOWN = ("dice", "hd95_mm", "lesion_f1")
-_NOT_AVAILABLE = "n/a"
-_MINUS = "\N{MINUS SIGN}"
 _FEW_SUBJECTS = 10
 _CLOCKS = {"cpu": "CPU s", "wall": "s"}
 
@@ -250,7 +249,7 @@ def _tsv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     writer.writerow(head)
     for row in rows:
         cells = (f"{v:.6g}" if isinstance(v, float) else v for v in row)
-        writer.writerow([_NOT_AVAILABLE if cell is None else cell for cell in cells])
+        writer.writerow([md.NOT_AVAILABLE if cell is None else cell for cell in cells])
     return buffer.getvalue()
 
 
@@ -271,8 +270,8 @@ def comparison_markdown(document: Mapping[str, Any]) -> str:
     parts += _notes(document)
     if document["differences"]:
         parts += [
-            f"## Differences from {_escape(document['against'])}",
-            f"Method {_MINUS} {_escape(document['against'])} on the same scans, mean [95 % "
+            f"## Differences from {md.escape(document['against'])}",
+            f"Method {md.MINUS} {md.escape(document['against'])} on the same scans, mean [95 % "
             "interval]; p of the Wilcoxon signed-rank test over people, adjusted for the number of "
             "methods (Holm, 1979).",
             _differences_markdown(document),
@@ -287,14 +286,13 @@ def comparison_markdown(document: Mapping[str, Any]) -> str:
     settings = _settings_markdown(document)
     if settings:
         parts += ["## Settings by fold", settings]
-    left_out = [
-        f"- {_escape(entry['series'])}: {_escape(entry['message'])}" for entry in document["failed"]
-    ] + [
-        f"- {_escape(entry['series'])}, {entry['role']} {_escape(entry['file'])}: {entry['reason']}"
+    left_out = [(entry["series"], entry["message"]) for entry in document["failed"]] + [
+        (f"{entry['series']}, {entry['role']} {entry['file']}", entry["reason"])
         for entry in document["unpaired"]
     ]
     if left_out:
-        parts += ["## Left out", "\n".join(left_out)]
+        lines = (f"- {md.escape(what)}: {md.escape(why)}" for what, why in left_out)
+        parts += ["## Left out", "\n".join(lines)]
     software = document["software"]
     parts.append(f"{software['name']} {software['version']}; measures as in `wmh-lora evaluate`.")
     return "\n\n".join(parts) + "\n"
@@ -307,18 +305,18 @@ def _methods_markdown(document: Mapping[str, Any], unit: str) -> str:
     rows = []
     for row in document["methods"]:
         estimates = [
-            _estimate(row[key], row[f"{key}_interval"], measure(key).digits)
+            md.with_interval(row[key], row[f"{key}_interval"], measure(key).digits)
             + (f" ({row[f'{key}_undefined']} undefined)" if row[f"{key}_undefined"] else "")
             for key in _SHOWN
         ]
-        bias = _estimate(row["volume_bias_ml"], row["volume_bias_ml_interval"], 2, sign=True)
+        bias = md.with_interval(row["volume_bias_ml"], row["volume_bias_ml_interval"], 2, sign=True)
         parameters = row["parameters"]
-        count = _NOT_AVAILABLE if parameters is None else f"{parameters:,}"
+        count = md.NOT_AVAILABLE if parameters is None else f"{parameters:,}"
         if row["members"] > 1:
             count += f" ({row['members']} networks)"
-        times = [_fixed(row[key], 1) for key in ("training_seconds", "inference_seconds")]
+        times = [md.fixed(row[key], 1) for key in ("training_seconds", "inference_seconds")]
         rows.append([row["method"], str(row["scans"]), count, *times, *estimates, bias])
-    return _table(head, rows)
+    return md.table(head, rows)
 
 
 def _notes(document: Mapping[str, Any]) -> list[str]:
@@ -339,13 +337,13 @@ def _differences_markdown(document: Mapping[str, Any]) -> str:
         cells = []
         for key in COMPARED:
             row = own[key]
-            text = _estimate(
+            text = md.with_interval(
                 row["mean_difference"], row["interval"], measure(key).digits, sign=True
             )
             p = row["p_holm"]
             cells.append(text if p is None else f"{text}, p = {p:.2g}")
         rows.append([name, str(own["dice"]["scans"]), *cells])
-    return _table(["Method", "Scans", *(measure(key).title for key in COMPARED)], rows)
+    return md.table(["Method", "Scans", *(measure(key).title for key in COMPARED)], rows)
 
 
 def _settings_markdown(document: Mapping[str, Any]) -> str:
@@ -354,9 +352,9 @@ def _settings_markdown(document: Mapping[str, Any]) -> str:
             row["method"],
             fold["fold"],
             " + ".join(map(str, fold["steps"])) or "0",
-            _fixed(fold["threshold"], 2),
+            md.fixed(fold["threshold"], 2),
             str(fold["min_voxels"]),
-            _fixed(fold["validation_dice"], 3),
+            md.fixed(fold["validation_dice"], 3),
             fold["note"],
         ]
         for row in document["methods"]
@@ -365,30 +363,4 @@ def _settings_markdown(document: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     head = ["Method", "Fold", "Steps", "Threshold", "Smallest component", "Validation Dice"]
-    return _table([*head, "Note"], rows)
-
-
-def _estimate(
-    value: float | None, interval: Sequence[float | None], digits: int, *, sign: bool = False
-) -> str:
-    text = _fixed(value, digits, sign=sign)
-    if value is None or interval[0] is None:
-        return text
-    low, high = (_fixed(bound, digits, sign=sign) for bound in interval)
-    return f"{text} [{low}, {high}]"
-
-
-def _fixed(value: float | None, digits: int, *, sign: bool = False) -> str:
-    if value is None:
-        return _NOT_AVAILABLE
-    rounded = round(value, digits) + 0.0  # no negative zero
-    return format(rounded, f"{'+' if sign and rounded else ''}.{digits}f").replace("-", _MINUS)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(_escape, line)) + " |" for line in lines)
-
-
-def _escape(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    return md.table([*head, "Note"], rows)

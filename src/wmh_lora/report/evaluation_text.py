@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wmh_lora.evaluation.measures import MEASURES, Measure, measure
+from wmh_lora.evaluation.measures import MEASURES, measure
+from wmh_lora.report import markdown as md
 from wmh_lora.report.evaluation import MAIN_MEASURES
 
 __all__ = ["evaluation_markdown"]
 
 _Document = Mapping[str, Any]
-_MINUS = "\N{MINUS SIGN}"
 _SMALL_SAMPLE = 10
 
 _TITLES = {
@@ -69,7 +69,7 @@ def _overview(document: _Document) -> str:
         for entry in document["series"]
     ]
     head = ["Series", "Scans scored", "Subjects", "Failed", "Unpaired files", "Grid notes"]
-    table = _table(head, rows)
+    table = md.table(head, rows)
     if any(entry["failed"] or entry["unpaired"] for entry in document["series"]):
         table += (
             "\n\n**Some files could not be scored; they are listed under *Left out*, and no "
@@ -81,7 +81,7 @@ def _overview(document: _Document) -> str:
 def _series_parts(document: _Document, series: str) -> list[str]:
     rows = [row for row in document["summary"] if row["series"] == series]
     overall = [row for row in rows if row["group"] == "overall"]
-    parts = [f"## {_escape(series)}", _overall_table(overall)]
+    parts = [f"## {md.escape(series)}", _overall_table(overall)]
     for group, head in _GROUP_HEADS.items():
         levels = [row for row in rows if row["group"] == group]
         if levels:
@@ -95,20 +95,20 @@ def _overall_table(rows: Sequence[_Document]) -> str:
     body = []
     for row in rows:
         entry = measure(row["measure"])
-        write = _writer(entry)
+        least, sd, most = (md.fixed(row[key], entry.digits) for key in ("minimum", "sd", "maximum"))
         body.append(
             [
                 entry.title,
                 str(row["scans"]),
                 str(row["undefined"]),
-                _with_interval(row["mean"], row["mean_interval"], write),
-                _with_interval(row["median"], row["median_interval"], write),
-                write(row["sd"]),
-                f"{write(row['minimum'])} to {write(row['maximum'])}",
+                md.with_interval(row["mean"], row["mean_interval"], entry.digits),
+                md.with_interval(row["median"], row["median_interval"], entry.digits),
+                sd,
+                f"{least} to {most}",
             ]
         )
     head = ["Measure", "n", "Undefined", "Mean [95 %]", "Median [95 %]", "SD", "Range"]
-    return _table(head, body)
+    return md.table(head, body)
 
 
 def _group_table(rows: Sequence[_Document]) -> str:
@@ -118,33 +118,32 @@ def _group_table(rows: Sequence[_Document]) -> str:
         own = {row["measure"]: row for row in rows if row["level"] == level}
         scans = own["reference_ml"]["scans"]  # a volume is always defined
         cells = [
-            _with_interval(own[m.key]["mean"], own[m.key]["mean_interval"], _writer(m))
+            md.with_interval(own[m.key]["mean"], own[m.key]["mean_interval"], m.digits)
             + _undefined_note(own[m.key]["undefined"])
             for m in MAIN_MEASURES
         ]
         body.append([level, str(scans), str(own["reference_ml"]["subjects"]), *cells])
-    return _table(["Group", "Scans", "Subjects", *(m.title for m in MAIN_MEASURES)], body)
+    return md.table(["Group", "Scans", "Subjects", *(m.title for m in MAIN_MEASURES)], body)
 
 
 def _agreement_parts(row: _Document) -> list[str]:
     plot = row["bland_altman"]
-    volume, share = _fixed(2), _fixed(3)
 
-    def cell(estimate: _Document, write: Callable[[float | None], str]) -> str:
-        return _with_interval(estimate["value"], estimate["interval"], write)
+    def cell(estimate: _Document, digits: int) -> str:
+        return md.with_interval(estimate["value"], estimate["interval"], digits)
 
     body = [
-        [f"Bias, prediction {_MINUS} reference (mL)", cell(plot["bias"], volume)],
-        ["Lower limit of agreement (mL)", cell(plot["lower"], volume)],
-        ["Upper limit of agreement (mL)", cell(plot["upper"], volume)],
-        ["SD of the differences (mL)", volume(plot["sd"])],
-        ["Proportional bias: slope of difference on mean", cell(plot["slope"], share)],
+        [f"Bias, prediction {md.MINUS} reference (mL)", cell(plot["bias"], 2)],
+        ["Lower limit of agreement (mL)", cell(plot["lower"], 2)],
+        ["Upper limit of agreement (mL)", cell(plot["upper"], 2)],
+        ["SD of the differences (mL)", md.fixed(plot["sd"], 2)],
+        ["Proportional bias: slope of difference on mean", cell(plot["slope"], 3)],
         ["p of the slope", _p_value(plot["slope_p"])],
-        ["Pearson R²", share(row["pearson_r2"])],
-        ["ICC(2,1), absolute agreement", cell(row["icc"], share)],
-        ["Lin's concordance correlation", cell(row["ccc"], share)],
+        ["Pearson R²", md.fixed(row["pearson_r2"], 3)],
+        ["ICC(2,1), absolute agreement", cell(row["icc"], 3)],
+        ["Lin's concordance correlation", cell(row["ccc"], 3)],
     ]
-    parts = [_table(["Quantity", "Estimate [95 %]"], body)]
+    parts = [md.table(["Quantity", "Estimate [95 %]"], body)]
     if row["scans"] < _SMALL_SAMPLE:
         parts.append(f"Only {row['scans']} scans: these intervals rest on little.")
     if row["scans"] > row["subjects"]:
@@ -160,16 +159,15 @@ def _comparison_parts(comparison: _Document) -> list[str]:
     body = []
     for row in comparison["rows"]:
         entry = measure(row["measure"])
-        write, signed = _writer(entry), _signed(entry)
         body.append(
             [
                 f"{entry.title}, {entry.better} is better",
                 str(row["scans"]),
                 str(row["subjects"]),
-                write(row["mean_first"]),
-                write(row["mean_second"]),
-                _with_interval(row["mean_difference"], row["interval"], signed),
-                _fixed(2, sign=True)(row["rank_biserial"]),
+                md.fixed(row["mean_first"], entry.digits),
+                md.fixed(row["mean_second"], entry.digits),
+                md.with_interval(row["mean_difference"], row["interval"], entry.digits, sign=True),
+                md.fixed(row["rank_biserial"], 2, sign=True),
                 _p_value(row["p_value"]),
                 _p_value(row["p_holm"]),
             ]
@@ -177,9 +175,9 @@ def _comparison_parts(comparison: _Document) -> list[str]:
     head = ["Measure", "Scans", "Subjects", f"Mean {first}", f"Mean {second}"]
     head += ["Mean difference [95 %]", "Rank-biserial r", "p", "p (Holm)"]
     parts = [
-        f"## {_escape(second)} against {_escape(first)}",
-        f"Differences are {_escape(second)} {_MINUS} {_escape(first)}, on the same scans.",
-        _table(head, body),
+        f"## {md.escape(second)} against {md.escape(first)}",
+        f"Differences are {md.escape(second)} {md.MINUS} {md.escape(first)}, on the same scans.",
+        md.table(head, body),
         *_comparison_notes(comparison),
     ]
     return parts
@@ -195,7 +193,7 @@ def _comparison_notes(comparison: _Document) -> list[str]:
         notes.append(
             f"**Small sample.** {measure(least['measure']).label} differs in "
             f"{least['nonzero']} subjects only, with which the exact test cannot give a p below "
-            f"{_fixed(3)(least['smallest_p'])}: absence of significance says little."
+            f"{md.fixed(least['smallest_p'], 3)}: absence of significance says little."
         )
     alone = comparison["only_first"] + comparison["only_second"]
     if alone:
@@ -210,12 +208,12 @@ def _shift_parts(rows: Sequence[_Document]) -> list[str]:
     for name in names:
         own = {row["measure"]: row for row in rows if row["series"] == name}
         cells = [
-            _with_interval(own[m.key]["difference"], own[m.key]["interval"], _signed(m))
+            md.with_interval(own[m.key]["difference"], own[m.key]["interval"], m.digits, sign=True)
             for m in MAIN_MEASURES
         ]
         body.append([name, *cells])
-    text = f"Mean of each cohort {_MINUS} mean of {_escape(base)} [95 % interval]."
-    table = _table(["Cohort", *(m.title for m in MAIN_MEASURES)], body)
+    text = f"Mean of each cohort {md.MINUS} mean of {md.escape(base)} [95 % interval]."
+    table = md.table(["Cohort", *(m.title for m in MAIN_MEASURES)], body)
     return ["## Domain shift", text, table]
 
 
@@ -223,14 +221,14 @@ def _left_out_parts(document: _Document) -> list[str]:
     parts = []
     if document["failed"]:
         lines = [
-            f"- {_escape(entry['series'])}, {_escape(entry['scan'] or 'all scans')}: "
-            f"{_escape(entry['message'])}"
+            f"- {md.escape(entry['series'])}, {md.escape(entry['scan'] or 'all scans')}: "
+            f"{md.escape(entry['message'])}"
             for entry in document["failed"]
         ]
         parts += ["### Failed", "\n".join(lines)]
     if document["unpaired"]:
         rows = [[e["series"], e["role"], e["file"], e["reason"]] for e in document["unpaired"]]
-        parts += ["### Unpaired", _table(["Series", "Role", "File", "Why"], rows)]
+        parts += ["### Unpaired", md.table(["Series", "Role", "File", "Why"], rows)]
     noted = [case for case in document["cases"] if case.get("grid_note")]
     if noted:
         rows = [[case["series"], case["scan"], case["grid_note"]] for case in noted]
@@ -238,7 +236,7 @@ def _left_out_parts(document: _Document) -> list[str]:
             "These scans were scored voxel by voxel, as the challenge does, although the two files "
             "place their voxels differently. Check that the masks overlay."
         )
-        noted_parts = ["## Grids", text, _table(["Series", "Scan", "Note"], rows)]
+        noted_parts = ["## Grids", text, md.table(["Series", "Scan", "Note"], rows)]
     else:
         noted_parts = []
     return [*(["## Left out", *parts] if parts else []), *noted_parts]
@@ -264,62 +262,11 @@ def _methods(document: _Document) -> str:
     )
 
 
-def _writer(entry: Measure) -> Callable[[float | None], str]:
-    return _fixed(entry.digits)
-
-
-def _signed(entry: Measure) -> Callable[[float | None], str]:
-    return _fixed(entry.digits, sign=True)
-
-
-def _fixed(digits: int, *, sign: bool = False) -> Callable[[float | None], str]:
-    def write(value: float | None) -> str:
-        if value is None:
-            return "n/a"
-        rounded = round(value, digits)
-        signed = sign and rounded != 0
-        text = format(
-            abs(rounded) if rounded == 0 else rounded, f"{'+' if signed else ''}.{digits}f"
-        )
-        return text.replace("-", _MINUS)
-
-    return write
-
-
-def _with_interval(
-    value: float | None,
-    interval: Sequence[float | None],
-    write: Callable[[float | None], str],
-) -> str:
-    if value is None:
-        return "n/a"
-    if interval[0] is None:
-        return write(value)
-    return f"{write(value)} [{write(interval[0])}, {write(interval[1])}]"
-
-
 def _undefined_note(count: int) -> str:
     return f" ({count} undefined)" if count else ""
 
 
 def _p_value(p: float | None) -> str:
     if p is None:
-        return "n/a"
+        return md.NOT_AVAILABLE
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a Markdown table: the first column to the left, numbers to the right."""
-    lines = [list(map(_escape, head))] + [list(map(_escape, row)) for row in rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rules = ["-" * max(3, width) for width in widths]
-
-    def joined(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.ljust(max(3, w)) for c, w in zip(cells, widths)) + " |"
-
-    return "\n".join([joined(lines[0]), joined(rules), *(joined(line) for line in lines[1:])])
-
-
-def _escape(text: str) -> str:
-    """Keep names of files and people's labels from being read as Markdown."""
-    return " ".join(text.replace("|", "\\|").split())

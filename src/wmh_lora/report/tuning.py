@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from wmh_lora.evaluation.selection import mean_interval
 from wmh_lora.evaluation.statistics import LEVEL, RESAMPLES, SEED, Interval
 from wmh_lora.evaluation.sweep import SWEPT_MEASURES
 from wmh_lora.files import open_atomic
+from wmh_lora.report import markdown as md
 from wmh_lora.training.tune import Tuning
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ DOCUMENT_FORMAT = 1
 #: Files of a report.
 OUTPUTS = ("tuning.tsv", "tuning.json", "tuning.md", "threshold.png", "threshold.svg")
 
-_NOT_AVAILABLE = "n/a"  # as BIDS writes it
 _FEW_SUBJECTS = 10
 _SETTING = ("threshold", "min_voxels", "tta")
 
@@ -140,7 +140,7 @@ def tuning_markdown(document: Mapping[str, Any], tuning: Tuning) -> str:
     """Write the summary as Markdown with pipe tables."""
     metric = tuning.metric
     parts = [
-        f"# Threshold, component size and views of {_escape(str(document['model']['name']))}",
+        f"# Threshold, component size and views of {md.escape(str(document['model']['name']))}",
         f"{_counted(tuning)}. {len(tuning.settings)} settings were compared by the mean "
         f"{metric.label} over subjects (whole volumes; {metric.better} is better).",
         _comparison(tuning),
@@ -258,7 +258,7 @@ def _json_ready(value: Any) -> Any:
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.6g}" if np.isfinite(value) else _NOT_AVAILABLE
+        return f"{value:.6g}" if np.isfinite(value) else md.NOT_AVAILABLE
     return str(value)
 
 
@@ -316,24 +316,22 @@ def _comparison(tuning: Tuning) -> str:
                 str(row["min_voxels"]),
                 row["tta"],
                 _estimate(row["mean"], Interval(row["low"], row["high"]), digits),
-                f"{false:.2f}" if np.isfinite(false) else _NOT_AVAILABLE,
+                f"{false:.2f}" if np.isfinite(false) else md.NOT_AVAILABLE,
             ]
         )
     head = ["", "Threshold", "Min voxels", "TTA", f"{tuning.metric.label} [95 %]"]
-    return _table([*head, "False-positive mL, lesion-free scans"], rows)
+    return md.table([*head, "False-positive mL, lesion-free scans"], rows)
 
 
 def _by_subject(document: Mapping[str, Any], tuning: Tuning) -> str:
-    def cell(value: float | None) -> str:
-        return _NOT_AVAILABLE if value is None else f"{value:.{tuning.metric.digits}f}"
-
     rows = []
     for row in document["per_subject"]:
         setting = row["left_out_setting"]
         without = "" if setting is None else " / ".join(str(setting[key]) for key in _SETTING)
-        scores = [cell(row[key]) for key in ("before", "chosen", "left_out")]
-        rows.append([_escape(row["subject"]), *scores, without])
-    return _table(["Subject", "Before", "Chosen", "Left out", "Chosen without it"], rows)
+        shown = (row[key] for key in ("before", "chosen", "left_out"))
+        scores = [md.fixed(score, tuning.metric.digits) for score in shown]
+        rows.append([row["subject"], *scores, without])
+    return md.table(["Subject", "Before", "Chosen", "Left out", "Chosen without it"], rows)
 
 
 def _methods(tuning: Tuning) -> str:
@@ -348,12 +346,3 @@ def _methods(tuning: Tuning) -> str:
         f"({RESAMPLES} resamples). *Left out*: the choice was repeated without the subject and "
         f"scored on it. {tuning.metric.label}: {tuning.metric.meaning}"
     )
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -61,7 +61,7 @@ def test_copes_with_everything_missing() -> None:
 
 
 def test_asks_for_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wmh_lora.report.pdf.find_spec", lambda name: None)
+    monkeypatch.setattr("wmh_lora.report.extras.find_spec", lambda name: None)
     segmentation = segmented_head()
     with pytest.raises(ConfigError, match="pip install"):
         scan_pdf(segmentation, segmentation.report())
