@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
@@ -11,7 +14,16 @@ from wmh_lora.errors import DataError
 from wmh_lora.view import View
 from wmh_lora.volume import Volume
 
-__all__ = ["coarse_scan", "fill_head", "find_background", "find_head", "landmarks", "shows_head"]
+__all__ = [
+    "coarse_scan",
+    "coarse_steps",
+    "fill_head",
+    "find_background",
+    "find_head",
+    "landmarks",
+    "shows_head",
+    "smooth_histogram",
+]
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
@@ -80,17 +92,29 @@ def fill_head(marked: BoolArray, closing: int) -> BoolArray:
     return np.asarray(head, dtype=np.bool_)
 
 
-def coarse_scan(
-    scan: FloatArray, background: BoolArray, spacing_mm: tuple[float, float, float]
-) -> tuple[FloatArray, tuple[float, float, float]]:
-    """Take every n-th voxel (about 3 mm apart), background set to the darkest measured level."""
+def coarse_steps(
+    shape: Sequence[int], spacing_mm: tuple[float, float, float]
+) -> tuple[list[int], list[int]]:
+    """Return along each axis how many voxels lie about 3 mm apart, and which is taken first."""
     steps = [max(1, round(_COARSE_MM / s)) for s in spacing_mm]
     # as much is left over before the first sample as after the last
-    starts = [(n - 1) % k // 2 for n, k in zip(scan.shape, steps, strict=True)]
+    starts = [(n - 1) % k // 2 for n, k in zip(shape, steps, strict=True)]
+    return steps, starts
+
+
+def coarse_scan(
+    scan: FloatArray,
+    background: BoolArray,
+    spacing_mm: tuple[float, float, float],
+    source: Path | None,
+) -> tuple[FloatArray, tuple[float, float, float]]:
+    """Take every n-th voxel (about 3 mm apart), background set to the darkest measured level."""
+    steps, starts = coarse_steps(scan.shape, spacing_mm)
     sampled = tuple(slice(start, None, k) for start, k in zip(starts, steps, strict=True))
     values, outside = scan[sampled], background[sampled]
     if outside.all():
-        raise DataError("The image holds too few measured voxels to find a head.")
+        name = source or "the image"
+        raise DataError(f"{name} holds too few measured voxels to find a head.")
     dark = np.percentile(values[~outside], 0.5)
     spacing = tuple(s * k for s, k in zip(spacing_mm, steps, strict=True))
     return np.where(outside, dark, values).astype(np.float32), (spacing[0], spacing[1], spacing[2])
@@ -142,11 +166,9 @@ def landmarks(
 
 def _darkest_peak(values: FloatArray, share: float) -> float:
     """Return the darkest peak of a smoothed histogram that reaches a share of the highest."""
-    low, high = np.percentile(values, [0.5, 99.5])
-    if not high > low:
-        return float(high)
-    counts, edges = np.histogram(values, bins=128, range=(float(low), float(high)))
-    smooth = ndimage.gaussian_filter1d(counts.astype(np.float64), 3.0, mode="constant")
+    smooth, edges = smooth_histogram(values)
+    if smooth.size == 0:
+        return float(edges[-1])
     # CSF can be the sharper peak where ventricles are large: look above the darkest quarter only
     start = len(smooth) // 4
     padded = np.pad(smooth, 1)
@@ -156,6 +178,20 @@ def _darkest_peak(values: FloatArray, share: float) -> float:
     # where all falls from the quarter on, there is none
     peak = int(peaks[0]) if peaks.size else start + int(np.argmax(smooth[start:]))
     return float((edges[peak] + edges[peak + 1]) / 2)
+
+
+def smooth_histogram(
+    values: FloatArray,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return 128 smoothed counts between the percentiles 0.5 and 99.5, and the edges of their bins.
+
+    Where the percentiles are equal there are no counts, and they are the edges.
+    """
+    low, high = np.percentile(values, [0.5, 99.5])
+    if not high > low:
+        return np.zeros(0), np.array([low, high])
+    counts, edges = np.histogram(values, bins=128, range=(float(low), float(high)))
+    return ndimage.gaussian_filter1d(counts.astype(np.float64), 3.0, mode="constant"), edges
 
 
 def _otsu(values: FloatArray) -> float:

@@ -131,7 +131,7 @@ def measure_scan(volume: Volume) -> ScanMeasures:
     view = choose_view(volume, 1.0)
     scan = np.asarray(view.to_view(volume.data), dtype=np.float32)
     background = find_background(scan)
-    coarse, spacing = coarse_scan(scan, background, view.spacing_mm)
+    coarse, spacing = coarse_scan(scan, background, view.spacing_mm, volume.path)
     inside = find_head(coarse, spacing)
     superior = next(i for i, axis in enumerate(view.axes) if axis == superior_axis(volume))
     floor, white_matter = landmarks(coarse, inside, spacing, superior, volume)

@@ -23,7 +23,13 @@ from scipy import ndimage
 
 from wmh_lora.errors import ConfigError, DataError, GridMismatchError
 from wmh_lora.preprocess import Prepared
-from wmh_lora.preprocess_head import find_background, find_head
+from wmh_lora.preprocess_head import (
+    coarse_scan,
+    coarse_steps,
+    find_background,
+    find_head,
+    smooth_histogram,
+)
 from wmh_lora.view import View
 from wmh_lora.volume import Volume, voxel_volume_ml
 
@@ -198,14 +204,8 @@ def _inside(where: DoubleArray, shape: tuple[int, ...]) -> BoolArray:
 
 def _coarse(volume: Volume, background: BoolArray) -> Volume:
     """Take voxels about 3 mm apart, slices from foot to head first, background at its darkest."""
-    steps = [max(1, round(_COARSE_MM / s)) for s in volume.spacing_mm]
-    starts = [(n - 1) % k // 2 for n, k in zip(volume.shape, steps)]
-    sampled = tuple(slice(start, None, k) for start, k in zip(starts, steps))
-    values, outside = volume.data[sampled], background[sampled]
-    if outside.all():
-        raise DataError(f"{volume.path or 'the T1'} holds too few measured voxels to find a head.")
-    dark = np.percentile(values[~outside], 0.5)
-    values = np.where(outside, dark, values).astype(np.float32)
+    steps, starts = coarse_steps(volume.shape, volume.spacing_mm)
+    values, _ = coarse_scan(volume.data, background, volume.spacing_mm, volume.path)
     stride = np.diag([*steps, 1.0])
     stride[:3, 3] = starts
     affine = volume.affine @ stride
@@ -292,11 +292,9 @@ def _landmarks(coarse: Volume, head: BoolArray, t1: Volume) -> tuple[float, floa
 
 def _brightest_peak(values: FloatArray) -> float:
     """Return the brightest clear peak of a smoothed histogram."""
-    low, high = np.percentile(values, [0.5, 99.5])
-    if not high > low:
-        return float(high)
-    counts, edges = np.histogram(values, bins=128, range=(float(low), float(high)))
-    smooth = ndimage.gaussian_filter1d(counts.astype(np.float64), 3.0, mode="constant")
+    smooth, edges = smooth_histogram(values)
+    if smooth.size == 0:
+        return float(edges[-1])
     padded = np.pad(smooth, 1)
     peaks = (smooth >= padded[:-2]) & (smooth > padded[2:]) & (smooth > _PEAK_SHARE * smooth.max())
     peak = int(np.flatnonzero(peaks)[-1])
