@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,9 +32,9 @@ __all__ = [
 #: File name endings that `wmh_lora.volume.Volume.read` understands, in any letter case.
 IMAGE_SUFFIXES: tuple[str, ...] = (".nii.gz", ".nii", ".mgz", ".mgh", ".nrrd")
 
-_FLAIR_ENDINGS = ("_FLAIR", "_flair")
-# Segmentations, ours among them, lie beside the scans; they are no input.
-_LABEL_MARKS = ("_mask", "_probseg", "_dseg")
+# What lies beside the scans and is no input: segmentations, ours among them, and scans resampled
+# between two visits by `wmh-lora longitudinal`.
+_NO_INPUT = re.compile(r"_(?:mask|probseg|dseg|space-halfway)(?:[_.]|$)")
 
 
 def image_suffix(path: str | os.PathLike[str]) -> str | None:
@@ -65,10 +66,7 @@ def image_stem(path: str | os.PathLike[str]) -> str:
     'scan.v2'
     """
     stem = _bare_name(Path(path))
-    for ending in _FLAIR_ENDINGS:
-        if stem.endswith(ending) and len(stem) > len(ending):
-            return stem[: -len(ending)]
-    return stem
+    return re.sub(r"(?<=.)_(?:FLAIR|flair)$", "", stem)
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -203,7 +201,7 @@ def _images_to_segment(folder: Path) -> list[Path]:
     images = [
         path
         for path in images_below(folder, skip=("derivatives",))
-        if not any(mark in path.name for mark in _LABEL_MARKS)
+        if not _NO_INPUT.search(path.name)
     ]
     flairs = [path for path in images if _is_named_flair(path)]
     if not images:
@@ -215,8 +213,7 @@ def _images_to_segment(folder: Path) -> list[Path]:
 
 
 def _is_named_flair(path: Path) -> bool:
-    stem = _bare_name(path)
-    return stem.endswith(_FLAIR_ENDINGS) or stem in ("FLAIR", "flair")
+    return f"_{_bare_name(path)}".lower().endswith("_flair")
 
 
 def write_failure(target: Path, error: OSError) -> str:

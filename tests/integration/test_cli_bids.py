@@ -142,6 +142,12 @@ def test_a_bad_scan_does_not_stop_the_others(run: Run, root: Path, tmp_path: Pat
     assert [path.name for path in work.iterdir()] == ["crash-sub-01_ses-2.txt"]
     assert "Traceback" in (work / "crash-sub-01_ses-2.txt").read_text(encoding="utf-8")
 
+    (work / "crash-sub-01_ses-2.txt").unlink()
+    (work / "crash-sub-01_ses-2.txt").mkdir()
+    result = run("-w", str(work))
+    assert "crash-sub-01_ses-2.txt cannot be written" in result.stderr
+    (work / "crash-sub-01_ses-2.txt").rmdir()
+
     bad.write_bytes(good)
     result = run("-w", str(work))
     assert result.exit_code == 0

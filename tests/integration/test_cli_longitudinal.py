@@ -76,7 +76,7 @@ def test_masks_give_every_file(tmp_path: Path) -> None:
     with Image.open(out / "sub-7_longitudinal.png") as picture:
         assert picture.mode == "RGB"
     again = run(*words)
-    assert isinstance(again.exception, DataError)
+    assert isinstance(again.exception, ConfigError)
     before = (out / "sub-7_longitudinal.json").read_bytes()
     assert run(*words, "--overwrite").exit_code == 0
     assert (out / "sub-7_longitudinal.json").read_bytes() == before
@@ -110,6 +110,38 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path: Path) -> None:
         assert isinstance(result.exception, kind), result.output
     assert run(*scans, "-o", out, "--masks").exit_code == 2
     assert not out.exists()
+
+
+def test_masks_of_anything_else_are_refused_and_other_pathology_is_left_out(
+    tmp_path: Path,
+) -> None:
+    scans, masks = save_visits(tmp_path)
+    first = Volume.read(masks[0])
+    words = (*scans, "--masks", *masks, "-o", tmp_path / "out", "--no-register")
+    write_nifti(masks[0], first.data * 77, first, overwrite=True)
+    refused = run(*words)
+    assert isinstance(refused.exception, DataError)
+    assert "values 77" in str(refused.exception)
+    labels = first.data.copy()
+    labels[:2, :2, :2] = 2
+    write_nifti(masks[0], labels, first, overwrite=True)
+    assert run(*words).exit_code == 0
+    report = json.loads((tmp_path / "out" / "sub-7_longitudinal.json").read_text())
+    expected = first.data.sum() * first.voxel_volume_ml
+    assert report["visits"][0]["wmh_volume_ml"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_other_people_and_equal_scans_are_warned_of(tmp_path: Path) -> None:
+    scans, masks = save_visits(tmp_path)
+    copied = tmp_path / "sub-8_ses-2_FLAIR.nii.gz"
+    copied.write_bytes(scans[0].read_bytes())
+    words = (scans[0], copied, "--masks", masks[0], masks[0], "-o", tmp_path / "out")
+    result = run(*words, "--no-register")
+    assert result.exit_code == 0, result.output
+    (report,) = (tmp_path / "out").glob("*_longitudinal.json")
+    warnings = json.loads(report.read_text())["warnings"]
+    assert "the scans are of 2 subjects by their names" in warnings
+    assert "ses-1 and ses-2 show the same scan." in warnings
 
 
 def test_without_simpleitk_the_message_says_what_to_install(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -294,6 +296,55 @@ class TestBatch:
         rows = table(tmp_path / "out" / "wmh.tsv")
         assert [(row["scan"], row["status"]) for row in rows] == [("a", "done"), ("a", "failed")]
         assert rows[0]["wmh_volume_ml"] == "4.4800"
+
+    def test_results_are_done_though_nobody_listens(
+        self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(text: str, **options: Any) -> None:
+            if " mL in " in text:
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("wmh_lora.cli.batch.click.echo", refuse)
+        for name in ("a", "b"):
+            write_head(tmp_path / f"{name}.nii.gz")
+        run("a.nii.gz", "b.nii.gz")
+        rows = table(tmp_path / "out" / "wmh.tsv")
+        assert [row["status"] for row in rows] == ["done", "done"]
+
+    def test_an_interrupted_run_has_a_table_of_what_is_done(
+        self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        segment, calls = WMHInferenceEngine.segment, []
+
+        def interrupted(*given: Any, **settings: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return segment(*given, **settings)
+
+        monkeypatch.setattr(WMHInferenceEngine, "segment", interrupted)
+        for name in ("a", "b"):
+            write_head(tmp_path / f"{name}.nii.gz")
+        assert run("a.nii.gz", "b.nii.gz").exit_code != 0
+        rows = table(tmp_path / "out" / "wmh.tsv")
+        assert [(row["scan"], row["status"]) for row in rows] == [("a", "done")]
+
+    def test_links_to_one_file_are_scans_of_their_own(self, tmp_path: Path, run: Run) -> None:
+        store = write_head(tmp_path / "store.nii.gz")
+        (tmp_path / "study").mkdir()
+        for name in ("a", "b"):
+            (tmp_path / "study" / f"{name}_FLAIR.nii.gz").symlink_to(store)
+        assert run("study").exit_code == 0
+        assert [row["scan"] for row in table(tmp_path / "out" / "wmh.tsv")] == ["a", "b"]
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="names are text elsewhere")
+    def test_names_that_are_no_text_are_escaped(self, tmp_path: Path, run: Run) -> None:
+        scan = write_head(tmp_path / "a.nii.gz")
+        scan.rename(tmp_path / os.fsdecode(b"M\xfcller.nii.gz"))
+        write_head(tmp_path / "b.nii.gz")
+        assert run(".").exit_code == 0
+        rows = table(tmp_path / "out" / "wmh.tsv")
+        assert [row["scan"] for row in rows] == ["M\\udcfcller", "b"]
 
     def test_an_unforeseen_error_does_not_stop_the_others(
         self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch

@@ -63,6 +63,7 @@ def test_bids_folder_gives_flairs_only(tmp_path: Path) -> None:
         "derivatives/x/sub-01_FLAIR.nii.gz",
         ".git/annex/sub-09_FLAIR.nii.gz",
         "sub-01/anat/sub-01_label-WMH_mask_FLAIR.nii.gz",
+        "sub-01/anat/sub-01_ses-1_space-halfway_FLAIR.nii.gz",
     )
     assert find_images([tmp_path]) == [first, second]
 
@@ -90,6 +91,11 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "study" / "s").symlink_to(scan.parent)
     (scan.parent / "loop").symlink_to(tmp_path / "study")
     assert find_images([tmp_path / "study"]) == [tmp_path / "study" / "s" / scan.name]
+
+
+def test_defaced_scans_and_other_spellings_are_input(tmp_path: Path) -> None:
+    scans = _touch(tmp_path, "a_maskface_FLAIR.nii.gz", "b_masked_Flair.nii.gz", "c_FLAIR.nii")
+    assert find_images([tmp_path]) == scans
 
 
 def test_folder_without_images_is_an_error(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -100,11 +100,13 @@ def run_plan(plan: Plan, options: Options) -> Outcome:
     if not options.overwrite:
         _refuse_existing(plan, options)
     with output_folder(options.out_dir):
-        _segment_all(plan.scans, options, outcome)
-        if plan.with_table and outcome.done:
-            outcome.table = _write_table(plan, outcome, options)
-            if options.page == "html":
-                outcome.page = _write_page(outcome, options)
+        try:
+            _segment_all(plan.scans, options, outcome)
+        finally:  # an interrupted run has a table of what is done
+            if plan.with_table and outcome.done:
+                outcome.table = _write_table(plan, outcome, options)
+                if options.page == "html":
+                    outcome.page = _write_page(outcome, options)
     return outcome
 
 
@@ -183,9 +185,12 @@ def _conclude(
     """Save a result, and tell it; or note what stopped a scan, foreseen or not."""
     if not isinstance(result, Exception):
         try:
-            outcome.done.append(_save(result, scan, options))
+            done = _save(result, scan, options)
         except Exception as error:  # noqa: BLE001 -- told to the user, and shown with --debug
             result = error
+        else:
+            outcome.done.append(done)
+            _tell(done, options)
     if isinstance(result, Exception):
         if options.debug:
             click.echo("".join(traceback.format_exception(result)), err=True)
@@ -259,18 +264,24 @@ def _save(result: Segmentation, scan: Scan, options: Options) -> Done:
         page=options.page,
     )
     # what was saved is what is told; volumes of a whole cohort would not fit into memory
-    report = json.loads(files.report.read_text(encoding="utf-8"))
-    if not options.quiet:
-        count = report["lesion_count"]
+    return Done(scan, json.loads(files.report.read_text(encoding="utf-8")), files)
+
+
+def _tell(done: Done, options: Options) -> None:
+    """Say what was found; where nobody listens any more, the files say it."""
+    if options.quiet:
+        return
+    name, report = done.scan.name, done.report
+    count = report["lesion_count"]
+    with suppress(OSError, UnicodeEncodeError):
         click.echo(
-            f"{scan.name}: {report['wmh_volume_ml']:.2f} mL in {count} "
-            f"lesion{'' if count == 1 else 's'} -> {files.mask}"
+            f"{name}: {report['wmh_volume_ml']:.2f} mL in {count} "
+            f"lesion{'' if count == 1 else 's'} -> {done.files.mask}"
         )
         for check in report["quality"]["checks"]:
             if check["verdict"] != "pass":
-                text = f"{scan.name}: quality {check['verdict']}: {check['sentence']}"
+                text = f"{name}: quality {check['verdict']}: {check['sentence']}"
                 click.echo(f"wmh-lora: {text}", err=True)
-    return Done(scan, report, files)
 
 
 def _write_table(plan: Plan, outcome: Outcome, options: Options) -> Path:
@@ -284,10 +295,10 @@ def _write_table(plan: Plan, outcome: Outcome, options: Options) -> Path:
     # an input that holds no scan may be called like a scan of another input
     rows |= {failure.name: row for failure, row in failed if failure not in plan.failures}
     inputs = [row for failure, row in failed if failure in plan.failures]
-    ordered = [rows[scan.name] for scan in plan.scans]
+    ordered = [rows[scan.name] for scan in plan.scans if scan.name in rows]
     path = options.out_dir / COHORT_TABLE
     with open_atomic(path, overwrite=options.overwrite) as stream:
-        stream.write(cohort_table([*ordered, *inputs]).encode("utf-8"))
+        stream.write(cohort_table([*ordered, *inputs]).encode("utf-8", "backslashreplace"))
     return path
 
 
@@ -313,7 +324,8 @@ def _write_page(outcome: Outcome, options: Options) -> Path:
     path = options.out_dir / COHORT_PAGE
     title = options.out_dir.resolve().name
     with open_atomic(path, overwrite=options.overwrite) as stream:
-        stream.write(cohort_html(scans, failures, title=title).encode("utf-8"))
+        page = cohort_html(scans, failures, title=title)
+        stream.write(page.encode("utf-8", "backslashreplace"))
     return path
 
 

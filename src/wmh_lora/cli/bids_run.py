@@ -264,11 +264,10 @@ def _note_crash(options: RunOptions, name: str, result: _Result) -> None:
     if options.work_dir is None:
         return
     path = options.work_dir / f"crash-{name}.txt"
-    if not result.trace:
+    text = f"wmh-lora {__version__}\n{result.line}\n\n{result.trace}"
+    try:
         path.unlink(missing_ok=True)
-        return
-    from wmh_lora.files import open_atomic
-
-    with open_atomic(path, overwrite=True) as stream:
-        text = f"wmh-lora {__version__}\n{result.line}\n\n{result.trace}"
-        stream.write(text.encode("utf-8"))
+        if result.trace:
+            path.write_bytes(text.encode("utf-8", "backslashreplace"))
+    except OSError as error:  # the other scans go on
+        click.echo(f"wmh-lora: {path} cannot be written: {error.strerror}.", err=True)

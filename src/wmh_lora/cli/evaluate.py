@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,14 +256,28 @@ def _pairings(options: _Options, failures: list[Failure]) -> list[Pairing]:
         table = options.of_series(options.participants, name)
         sites = read_participants(table, options.site_column) if table else {}
         try:
-            pairings.append(
-                pair_folders(name, predictions, references, layout=options.layout, sites=sites)
+            pairing = pair_folders(
+                name, predictions, references, layout=options.layout, sites=sites
             )
+            pairings.append(pairing)
+            if table:
+                _warn_of_missing_sites(table, sites, pairing)
         except DataError as error:
             if options.kind != "cohorts":
                 raise
             failures.append(Failure(name, _told(error, name, options)))
     return pairings
+
+
+def _warn_of_missing_sites(table: Path, sites: Mapping[str, str], pairing: Pairing) -> None:
+    """Say that a table does not know subjects; spreadsheets make 1 of 001."""
+    subjects = {pair.reference.subject.removeprefix("sub-") for pair in pairing.pairs}
+    if missing := sorted(subjects - sites.keys()):
+        click.echo(
+            f"wmh-lora: {table} tells no site of {len(missing)} of {len(subjects)} subjects, such "
+            f"as {missing[0]}; compare its participant_id with the file names.",
+            err=True,
+        )
 
 
 def _told(error: Exception, subject: str, options: _Options) -> str:
@@ -301,7 +315,7 @@ def _write(evaluation: Evaluation, options: _Options, troubles: list[str]) -> di
         }
         for name, text in texts.items():
             with open_atomic(options.out_dir / name, overwrite=options.overwrite) as stream:
-                stream.write(text.encode("utf-8"))
+                stream.write(text.encode("utf-8", "backslashreplace"))
     return document
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,7 @@ def longitudinal(
     from wmh_lora.cli.options import Options
     from wmh_lora.longitudinal.changes import Rules
     from wmh_lora.longitudinal.study import compare_visits
-    from wmh_lora.report.longitudinal import save_follow_up
+    from wmh_lora.report.longitudinal import follow_up_files, save_follow_up
 
     options = Options(out_dir=out_dir, overwrite=overwrite, **settings)
     rules = Rules(
@@ -138,8 +139,12 @@ def longitudinal(
     )
     stem, names = subject_stem(scans), visit_names(scans)
     if not overwrite:
-        _refuse_existing(out_dir, stem)
+        _refuse_existing(follow_up_files(out_dir, stem, names, segmented=not masks))
     visits = _read_masks(scans, masks, names) if masks else _segment(scans, names, options)
+    if len(subjects := {_entity("sub", path) for path in scans}) > 1:
+        text = f"the scans are of {len(subjects)} subjects by their names"
+        click.echo(f"wmh-lora: {text}.", err=True)
+        visits[0] = replace(visits[0], warnings=(*visits[0].warnings, text))
     result = compare_visits(
         visits,
         rules=rules,
@@ -149,6 +154,9 @@ def longitudinal(
     files = save_follow_up(result, out_dir, stem=stem, overwrite=overwrite)
     for line in _summary(result):
         click.echo(line)
+    for text in result.warnings:
+        if "quality fail" in text:
+            click.echo(f"wmh-lora: {text}", err=True)
     click.echo(f"-> {files['report']}")
 
 
@@ -191,48 +199,59 @@ def _entity(key: str, path: Path) -> str | None:
     return None
 
 
-def _refuse_existing(out_dir: Path, stem: str) -> None:
+def _refuse_existing(files: Mapping[str, Path]) -> None:
     """Ask before the work rather than after it."""
-    from wmh_lora.errors import DataError
+    from wmh_lora.errors import ConfigError
 
-    report = out_dir / f"{stem}_longitudinal.json"
-    if report.exists():
-        raise DataError(
-            f"{report} exists already and is left as it is; add --overwrite to replace it, or "
-            "choose another output folder."
-        )
+    for path in files.values():
+        if path.exists():
+            raise ConfigError(
+                f"{path} exists already and is left as it is; add --overwrite to replace results, "
+                "or choose another output folder."
+            )
 
 
 def _read_masks(scans: Sequence[Path], masks: Sequence[Path], names: Sequence[str]) -> list[Visit]:
     import numpy as np
 
     from wmh_lora.errors import GridMismatchError
+    from wmh_lora.evaluation.masks import check_labels, lesion_of_labels
+    from wmh_lora.logs import collect_warnings
     from wmh_lora.longitudinal.study import Visit
     from wmh_lora.volume import Volume
 
     visits = []
     for scan, path, name in zip(scans, masks, names, strict=True):
-        volume, mask = Volume.read(scan), Volume.read(path, allow_constant=True)
+        with collect_warnings() as warnings:
+            volume, mask = Volume.read(scan), Volume.read(path, allow_constant=True)
         if mask.shape != volume.shape or not np.allclose(mask.affine, volume.affine, atol=1e-3):
             raise GridMismatchError(
                 f"{path} does not lie on the grid of {scan}: shapes {mask.shape} and "
-                f"{volume.shape}; give the mask on the scan's own grid."
+                f"{volume.shape}, affines {np.abs(mask.affine - volume.affine).max():.3g} apart at "
+                "most; give the mask on the scan's own grid."
             )
-        visits.append(Visit(name, volume, np.asarray(mask.data > 0.5, dtype=np.uint8)))
+        check_labels(path, mask.data)
+        lesion = lesion_of_labels(mask.data)
+        visits.append(Visit(name, volume, lesion.astype(np.uint8), warnings=tuple(warnings)))
     return visits
 
 
 def _segment(scans: Sequence[Path], names: Sequence[str], options: Options) -> list[Visit]:
     from wmh_lora.cli.options import make_engine
+    from wmh_lora.logs import collect_warnings
     from wmh_lora.longitudinal.study import Visit
     from wmh_lora.volume import Volume
 
-    volumes = [Volume.read(path) for path in scans]  # a bad file is told before a model loads
+    read = []
+    for path in scans:  # a bad file is told before a model loads
+        with collect_warnings() as warnings:
+            read.append((Volume.read(path), warnings))
     engine = make_engine(options)
-    return [
-        Visit.of(name, engine.segment(volume, **options.inference))
-        for name, volume in zip(names, volumes, strict=True)
-    ]
+    visits = []
+    for name, (volume, warnings) in zip(names, read, strict=True):
+        visit = Visit.of(name, engine.segment(volume, **options.inference))
+        visits.append(replace(visit, warnings=(*warnings, *visit.warnings)))
+    return visits
 
 
 def _summary(result: FollowUp) -> list[str]:

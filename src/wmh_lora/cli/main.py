@@ -5,6 +5,8 @@ Exit codes: 0 all done; 1 some inputs failed, the rest are done; 2 usage or conf
 
 from __future__ import annotations
 
+import io
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -74,6 +76,9 @@ def cli(ctx: click.Context, verbose: bool, debug: bool) -> None:
 
 def main() -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a name that a terminal or a file cannot show is shown with escapes, and ends nothing
+        sys.stdout.reconfigure(errors="backslashreplace")
     cli(prog_name="wmh-lora")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -64,7 +63,7 @@ def plan_scans(inputs: Sequence[Path]) -> Plan:
     """
     failures: list[Failure] = []
     roots: dict[Path, Path | None] = {}  # by file, the folder input that it was found in
-    seen: set[str] = set()
+    seen: set[Path] = set()
     for given in inputs:
         root = given if given.is_dir() else None
         try:
@@ -73,7 +72,8 @@ def plan_scans(inputs: Sequence[Path]) -> Plan:
             failures.append(Failure(given.name, given, describe_error(error)))
             continue
         for path in found:
-            identity = os.path.realpath(path)
+            # a link to a file keeps its name: scans of equal content may share one file
+            identity = path.parent.resolve() / path.name
             if identity not in seen:
                 seen.add(identity)
                 roots[path] = root

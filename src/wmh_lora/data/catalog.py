@@ -128,14 +128,15 @@ def _sites(root: Path, dataset: Path) -> dict[tuple[str, str], str]:
     table = dataset / "participants.tsv"
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
-            rows = list(csv.DictReader(stream, delimiter="\t"))
+            # quotes mean nothing in BIDS tables
+            rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"Cannot read {table} ({error}); correct or remove it.") from error
     place = "" if dataset == root else dataset.relative_to(root).as_posix()
     return {
-        (place, row["participant_id"]): row["site"]
+        (place, f"sub-{row['participant_id'].removeprefix('sub-')}"): row["site"]
         for row in rows
         if row.get("participant_id") and row.get("site") not in (None, "", "n/a")
     }
@@ -299,8 +300,13 @@ def _rounded(spacing_mm: tuple[float, float, float]) -> tuple[float, float, floa
 def _label_counts(mask: Volume, problems: list[Problem]) -> dict[int, int] | None:
     """Count voxels by value; None, with a problem, where a value is no label of a lesion mask."""
     values, counts = _distinct(mask.data)
-    if np.isin(values, (0, _FOREGROUND, _IGNORED)).all():
-        return {int(value): int(count) for value, count in zip(values, counts)}
+    labels = np.rint(values)
+    known = np.isin(labels, (_FOREGROUND, _IGNORED)) & np.isclose(values, labels, atol=1e-3)
+    if (known | (values == 0)).all():
+        found: Counter[int] = Counter()
+        for label, count in zip(labels, counts):
+            found[int(label)] += int(count)
+        return dict(found)
     shown = ", ".join(f"{value:g}" for value in values[:_SHOWN])
     more = f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
     problems.append(

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from wmh_lora.errors import ConfigError, DataError, GridMismatchError
-from wmh_lora.evaluation.layouts import ScanFile, find_scans
+from wmh_lora.evaluation.layouts import ScanFile, find_scans_and_rest
+from wmh_lora.evaluation.masks import check_labels
 from wmh_lora.evaluation.metrics import ChallengeMetrics, evaluate
 from wmh_lora.logs import collect_warnings
 from wmh_lora.volume import Volume
@@ -37,7 +36,6 @@ __all__ = [
 #: Largest difference between two affines, in any of their elements, that passes without a note.
 AFFINE_TOLERANCE = 1e-3
 #: Fractions up to this are rounding of stored labels, not other values.
-_LABEL_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -142,10 +140,8 @@ def pair_folders(
     DataError
         A folder holds no mask, or nothing in one belongs to anything in the other.
     """
-    predicted, reference = (
-        find_scans(predictions, "mask"),
-        find_scans(references, "mask", layout),
-    )
+    predicted, more_predicted = find_scans_and_rest(predictions, "mask")
+    reference, more_references = find_scans_and_rest(references, "mask", layout)
     matches, left, right = match_scans(predicted, reference)
     if not matches:
         raise DataError(
@@ -159,6 +155,9 @@ def pair_folders(
     ]
     unpaired = [Unpaired(series, "prediction", f.path, why) for f, why in left]
     unpaired += [Unpaired(series, "reference", f.path, why) for f, why in right]
+    unknown = "named otherwise than the others"
+    unpaired += [Unpaired(series, "prediction", path, unknown) for path in more_predicted]
+    unpaired += [Unpaired(series, "reference", path, unknown) for path in more_references]
     return Pairing(pairs, unpaired)
 
 
@@ -220,10 +219,15 @@ def evaluate_pair(pair: Pair) -> Case:
             f"{pair.reference.path} has {reference.shape}; resample the prediction to the "
             "reference's grid."
         )
-    _check_labels(pair.reference.path, reference.data)
+    check_labels(pair.reference.path, reference.data)
     values = prediction.data[prediction.data != 0]
     if np.any(values != np.rint(values)):
         notes.append("the prediction holds fractions; voxels from 0.5 on count as lesion")
+    elif len(labels := np.unique(values)) > 1:
+        shown = ", ".join(f"{label:g}" for label in labels[:5])
+        notes.append(
+            f"the prediction holds several labels ({shown}); all from 1 on count as lesion"
+        )
     return Case(
         pair=pair,
         metrics=evaluate(reference.data, prediction.data, reference.spacing_mm),
@@ -289,7 +293,8 @@ def read_participants(path: Path, column: str = "site") -> dict[str, str]:
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = list(csv.DictReader(stream, delimiter="\t"))
+            # quotes mean nothing in BIDS tables
+            rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"Cannot read {path}: {error}; give a tab-separated text file."
@@ -306,20 +311,6 @@ def read_participants(path: Path, column: str = "site") -> dict[str, str]:
         for row in rows
         if row[column] not in (None, "", "n/a")
     }
-
-
-def _check_labels(path: Path, data: NDArray[Any]) -> None:
-    values = np.unique(data[data != 0])
-    near = np.abs(values[:, None] - np.array([0.0, 1.0, 2.0])) <= _LABEL_TOLERANCE
-    strange = values[~near.any(axis=1)]
-    if len(strange):
-        listed = ", ".join(f"{value:g}" for value in strange[:5])
-        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
-        raise DataError(
-            f"The reference {path} holds the values {listed}{more}; expected only 0 (background), "
-            "1 (white matter hyperintensity) and 2 (other pathology). Recode it, or check that it "
-            "is the mask that was meant."
-        )
 
 
 def _grid_note(reference: Volume, prediction: Volume) -> str:

@@ -16,7 +16,7 @@ from typing import Literal
 from wmh_lora.errors import ConfigError, DataError
 from wmh_lora.files import image_suffix, images_below
 
-__all__ = ["LAYOUTS", "Kind", "Layout", "ScanFile", "find_scans"]
+__all__ = ["LAYOUTS", "Kind", "Layout", "ScanFile", "find_scans", "find_scans_and_rest"]
 
 Kind = Literal["mask", "image"]
 
@@ -86,6 +86,10 @@ class Layout(ABC):
             ``mask``, of white matter hyperintensities, or ``image``, the FLAIR.
         """
 
+    def knows(self, place: str) -> bool:
+        """Whether the layout tells what this file is, be it none of the kind that is looked for."""
+        return True
+
     def select(self, places: Sequence[str], kind: Kind) -> dict[str, ScanFile]:
         """Read every place, and keep those that are files of that kind."""
         read = {place: self.read(place, kind) for place in places}
@@ -131,14 +135,19 @@ class BidsLayout(Layout):
         rest = [f"{k}-{v}" for k, v in entities.items() if k not in self._NOT_OF_THE_SCAN]
         return ScanFile(Path(), entities["sub"], entities.get("ses", ""), "_".join(rest))
 
+    def knows(self, place: str) -> bool:
+        """Whether the name says whose file it is."""
+        return place.rpartition("/")[2].startswith("sub-")
+
     def _is_wanted(self, entities: dict[str, str], suffix: str, kind: Kind) -> bool:
+        if entities.get("space") == "halfway":  # of `wmh-lora longitudinal`, between two scans
+            return False
         if kind == "image":
             return suffix == "FLAIR" and "label" not in entities
-        if suffix not in ("mask", "dseg"):
-            return False
         if "label" in entities:
-            return entities["label"].lower() in self._WMH_LABELS
-        return entities.get("desc") != "brain"
+            return suffix in ("mask", "dseg") and entities["label"].lower() in self._WMH_LABELS
+        # without a label, a dseg may be of anything
+        return suffix == "mask" and entities.get("desc") != "brain"
 
 
 class FlatLayout(Layout):
@@ -238,7 +247,8 @@ def find_scans(root: Path, kind: Kind, layout: str = "auto") -> list[ScanFile]:
     Raises
     ------
     DataError
-        The folder cannot be listed, or holds no such file.
+        The folder cannot be listed, holds no such file, or two for one scan that differ in nothing
+        but their extensions.
     ConfigError
         There is no layout of that name.
 
@@ -246,6 +256,23 @@ def find_scans(root: Path, kind: Kind, layout: str = "auto") -> list[ScanFile]:
     --------
     >>> LAYOUTS[2].read("Utrecht/0/wmh", "mask").name
     'Utrecht/0'
+    """
+    return find_scans_and_rest(root, kind, layout)[0]
+
+
+def find_scans_and_rest(
+    root: Path, kind: Kind, layout: str = "auto"
+) -> tuple[list[ScanFile], list[Path]]:
+    """Find the masks or the images of a cohort, and files that may be some as well.
+
+    Parameters and errors are those of `find_scans`.
+
+    Returns
+    -------
+    scans : list of ScanFile
+        What `find_scans` returns.
+    rest : list of Path
+        Files whose names the layout does not know, but another one takes for files of this kind.
     """
     chosen = [entry for entry in LAYOUTS if layout in ("auto", entry.name)]
     if not chosen:
@@ -255,20 +282,30 @@ def find_scans(root: Path, kind: Kind, layout: str = "auto") -> list[ScanFile]:
     for entry in chosen:
         found = entry.select(list(places), kind)
         if found:
-            return [
-                ScanFile(places[place], scan.subject, scan.session, scan.scan, scan.site)
+            scans = [
+                ScanFile(_only(places[place]), scan.subject, scan.session, scan.scan, scan.site)
                 for place, scan in found.items()
             ]
+            unknown = [place for place in places if place not in found and not entry.knows(place)]
+            rest = [p for p in unknown if any(other.read(p, kind) for other in LAYOUTS)]
+            return scans, [path for place in rest for path in places[place]]
     expected = "; ".join(f"{entry.name}: {entry.summary}" for entry in chosen)
     what = "WMH mask" if kind == "mask" else "FLAIR image"
     raise DataError(f"No {what} found in the folder {root}; expected {expected}.")
 
 
-def _places_below(root: Path) -> dict[str, Path]:
+def _only(paths: Sequence[Path]) -> Path:
+    if len(paths) > 1:
+        raise DataError(f"{paths[0]} and {paths[1]} are files of one scan; remove one of them.")
+    return paths[0]
+
+
+def _places_below(root: Path) -> dict[str, list[Path]]:
     """Return image files by their path below the root, without extension, sorted."""
-    places: dict[str, Path] = {}
+    places: dict[str, list[Path]] = {}
     for path in images_below(root):
         if "_probseg" not in path.name:
             extension = image_suffix(path) or ""
-            places[path.relative_to(root).as_posix()[: -len(extension)]] = path
+            place = path.relative_to(root).as_posix()[: -len(extension)]
+            places.setdefault(place, []).append(path)
     return dict(sorted(places.items()))

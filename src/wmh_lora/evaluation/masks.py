@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wmh_lora.errors import GridMismatchError
+from wmh_lora.errors import DataError, GridMismatchError
 
-__all__ = ["BoolArray", "as_masks", "challenge_masks", "cropped"]
+__all__ = [
+    "BoolArray",
+    "as_masks",
+    "challenge_masks",
+    "check_labels",
+    "cropped",
+    "lesion_of_labels",
+]
 
 BoolArray = NDArray[np.bool_]
 
 #: Labels of the challenge's reference masks.
 WMH_LABEL = 1
 OTHER_PATHOLOGY_LABEL = 2
+
+_LABEL_TOLERANCE = 1e-3
 
 
 def challenge_masks(
@@ -43,10 +53,36 @@ def challenge_masks(
     """
     reference, prediction = np.asarray(reference), np.asarray(prediction)
     _check_shapes(reference, prediction)
-    reference_mask = (reference >= WMH_LABEL - 0.5) & (reference <= WMH_LABEL + 0.5)
+    reference_mask = lesion_of_labels(reference)
     other = (reference >= OTHER_PATHOLOGY_LABEL - 0.5) & (reference <= OTHER_PATHOLOGY_LABEL + 0.5)
     prediction_mask = (prediction >= 0.5) & ~other
     return reference_mask, prediction_mask
+
+
+def lesion_of_labels(labels: NDArray[Any]) -> BoolArray:
+    """Return the white matter hyperintensities of a label image (I, J, K)."""
+    return np.asarray((labels >= WMH_LABEL - 0.5) & (labels <= WMH_LABEL + 0.5))
+
+
+def check_labels(path: Path, data: NDArray[Any]) -> None:
+    """Refuse a label image that holds something else than background, WMH and other pathology.
+
+    Raises
+    ------
+    DataError
+        If there are values other than 0, 1 and 2.
+    """
+    values = np.unique(data[data != 0])
+    near = np.abs(values[:, None] - np.array([0.0, 1.0, 2.0])) <= _LABEL_TOLERANCE
+    strange = values[~near.any(axis=1)]
+    if len(strange):
+        listed = ", ".join(f"{value:g}" for value in strange[:5])
+        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+        raise DataError(
+            f"The mask {path} holds the values {listed}{more}; expected only 0 (background), "
+            "1 (white matter hyperintensity) and 2 (other pathology). Recode it, or check that it "
+            "is the mask that was meant."
+        )
 
 
 def as_masks(reference: NDArray[Any], prediction: NDArray[Any]) -> tuple[BoolArray, BoolArray]:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,14 @@ from wmh_lora.preprocess_head import find_background
 from wmh_lora.report.outputs import Segmentation
 from wmh_lora.volume import Volume
 
-__all__ = ["FollowUp", "TotalChange", "Visit", "VisitVolume", "compare_visits"]
+__all__ = [
+    "FollowUp",
+    "TotalChange",
+    "Visit",
+    "VisitVolume",
+    "compare_visits",
+    "intervals_between",
+]
 
 _SIMILAR_VOXELS = 1.5
 _log = logging.getLogger("wmh_lora")
@@ -41,17 +49,26 @@ class Visit:
         Lesions on its own voxels; non-zero is lesion.
     segmentation : Segmentation or None
         Where the mask comes from, if it was made here; its brain mask guides the registration.
+    warnings : tuple of str
+        What is to be known of it.
     """
 
     name: str
     volume: Volume
     mask: npt.NDArray[Any]
     segmentation: Segmentation | None = None
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, name: str, segmentation: Segmentation) -> Visit:
         """Make a visit of what the engine found in its scan."""
-        return cls(name, segmentation.volume, segmentation.mask, segmentation)
+        failed = [
+            f"{name}: quality fail: {check.sentence}"
+            for check in segmentation.quality.checks
+            if check.verdict == "fail"
+        ]
+        warnings = (*segmentation.warnings, *failed)
+        return cls(name, segmentation.volume, segmentation.mask, segmentation, warnings)
 
 
 @dataclass(frozen=True)
@@ -141,6 +158,18 @@ class FollowUp:
     warnings: tuple[str, ...]
 
 
+def intervals_between(visits: int) -> list[tuple[int, int]]:
+    """Pair each visit with the next and, of more than two, the first with the last.
+
+    Examples
+    --------
+    >>> intervals_between(3)
+    [(0, 1), (1, 2), (0, 2)]
+    """
+    steps = [(i, i + 1) for i in range(visits - 1)]
+    return steps if visits == 2 else [*steps, (0, visits - 1)]
+
+
 def compare_visits(
     visits: Sequence[Visit],
     *,
@@ -179,19 +208,18 @@ def compare_visits(
     rules = rules or Rules()
     scans = [visit.volume for visit in visits]
     with collect_warnings() as warnings:
-        _compare_voxels(visits)
+        _compare_scans(visits)
         focus = [_brain(visit) for visit in visits]
         alignment = align_visits(scans, focus=focus, register=register)
         volumes = _measure(visits, alignment, rules)
-        steps = [(i, i + 1) for i in range(len(visits) - 1)]
-        intervals = steps if len(visits) == 2 else [*steps, (0, len(visits) - 1)]
+        intervals = intervals_between(len(visits))
         lesions, labels = follow_lesions(
             scans, [visit.mask for visit in visits], alignment, intervals, rules
         )
     totals = tuple(
         _total(i, j, volumes[i], volumes[j], within_subject_cv_percent) for i, j in intervals
     )
-    own = [text for visit in visits if visit.segmentation for text in visit.segmentation.warnings]
+    own = [text for visit in visits for text in visit.warnings]
     return FollowUp(
         visits,
         alignment,
@@ -224,8 +252,11 @@ def _check(visits: Sequence[Visit], cv_percent: float | None) -> None:
             )
 
 
-def _compare_voxels(visits: Sequence[Visit]) -> None:
-    """Warn where volumes differ for a reason that is not the person."""
+def _compare_scans(visits: Sequence[Visit]) -> None:
+    """Warn where volumes differ, or do not, for a reason that is not the person."""
+    for one, other in combinations(visits, 2):
+        if np.array_equal(one.volume.data, other.volume.data):
+            _log.warning("%s and %s show the same scan.", one.name, other.name)
     sizes = [visit.volume.voxel_volume_ml * 1000 for visit in visits]
     if max(sizes) > _SIMILAR_VOXELS * min(sizes):
         listed = ", ".join(f"{visit.name} {size:.2f} mm3" for visit, size in zip(visits, sizes))

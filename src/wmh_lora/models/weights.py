@@ -240,7 +240,14 @@ def _entry(name: str) -> BaseWeights:
 def _present(entry: BaseWeights) -> list[Path]:
     """Return the places that hold a file of this entry, in order of preference."""
     places = [cache_dir() / entry.filename, _installed_file(entry)]
-    return [place for place in places if place is not None and place.is_file()]
+    return [place for place in places if place is not None and _is_file(place)]
+
+
+def _is_file(place: Path) -> bool:
+    try:
+        return place.is_file()
+    except OSError:  # in a folder that may not be entered
+        return False
 
 
 def _installed_file(entry: BaseWeights) -> Path | None:

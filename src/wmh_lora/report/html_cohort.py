@@ -83,7 +83,7 @@ def cohort_html(
     rows = [
         _Row(
             scan,
-            None if scan.page is None else quote(scan.page),
+            None if scan.page is None else quote(scan.page, errors="surrogateescape"),
             quality_of(scan.report),
             z,
             scan.report.get("regions") or {},

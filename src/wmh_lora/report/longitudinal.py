@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from wmh_lora._version import __version__
 from wmh_lora.files import file_sha256
 from wmh_lora.longitudinal.changes import CHANGES
-from wmh_lora.longitudinal.study import FollowUp, TotalChange
+from wmh_lora.longitudinal.study import FollowUp, TotalChange, intervals_between
 from wmh_lora.registration import turn_and_shift
 from wmh_lora.report.longitudinal_figure import follow_up_figure
 from wmh_lora.report.outputs import saved_together
@@ -206,8 +206,22 @@ def change_map(result: FollowUp, interval: int) -> npt.NDArray[np.uint8]:
     return np.asarray(np.array(numbers, dtype=np.uint8)[result.labels], dtype=np.uint8)
 
 
-def follow_up_files(result: FollowUp, out_dir: str | Path, stem: str) -> dict[str, Path]:
-    """Name the files of a follow-up by what they hold."""
+def follow_up_files(
+    out_dir: str | Path, stem: str, visits: Sequence[str], *, segmented: bool
+) -> dict[str, Path]:
+    """Name the files of a follow-up by what they hold.
+
+    Parameters
+    ----------
+    out_dir : path
+        Where they are.
+    stem : str
+        Start of their names.
+    visits : sequence of str
+        Names of the visits.
+    segmented : bool
+        Whether the visits' masks are written as well, having been made for the follow-up.
+    """
     names = {
         "report": f"{stem}_longitudinal.json",
         "picture": f"{stem}_longitudinal.png",
@@ -215,15 +229,15 @@ def follow_up_files(result: FollowUp, out_dir: str | Path, stem: str) -> dict[st
         "dictionary": f"{stem}_changes.json",
         "lesions": f"{stem}_space-halfway_desc-lesions_dseg.nii.gz",
     }
-    for n, total in enumerate(result.totals):
-        before, after = (result.visits[i].name for i in (total.before, total.after))
-        start = f"{stem}_{before}_to_{after}" if len(result.totals) > 1 else stem
+    intervals = intervals_between(len(visits))
+    for n, (before, after) in enumerate(intervals):
+        start = f"{stem}_{visits[before]}_to_{visits[after]}" if len(intervals) > 1 else stem
         names[f"change {n}"] = f"{start}_space-halfway_desc-change_dseg.nii.gz"
-    for i, visit in enumerate(result.visits):
-        start = f"{stem}_{visit.name}"
+    for i, visit in enumerate(visits):
+        start = f"{stem}_{visit}"
         names[f"scan {i}"] = f"{start}_space-halfway_FLAIR.nii.gz"
         names[f"transform {i}"] = f"{start}_from-halfway_to-orig_xfm.txt"
-        if visit.segmentation is not None:
+        if segmented:
             names[f"mask {i}"] = f"{start}_space-orig_label-WMH_mask.nii.gz"
     return {key: Path(out_dir) / name for key, name in names.items()}
 
@@ -256,7 +270,9 @@ def save_follow_up(
     ConfigError
         If the folder cannot be made or written to.
     """
-    files = follow_up_files(result, out_dir, stem)
+    segmented = all(visit.segmentation is not None for visit in result.visits)
+    names = [visit.name for visit in result.visits]
+    files = follow_up_files(out_dir, stem, names, segmented=segmented)
     scans = [result.alignment.scan(i, visit.volume) for i, visit in enumerate(result.visits)]
     grid = Volume(scans[0], result.alignment.affine)
     with saved_together(list(files.values()), overwrite=overwrite) as temporary:
@@ -271,7 +287,7 @@ def save_follow_up(
             write_nifti(partial[f"scan {i}"], scans[i], grid)
             matrix = _matrix_text(result.alignment.to_visit[i], visit.name)
             partial[f"transform {i}"].write_text(matrix, encoding="utf-8")
-            if visit.segmentation is not None:
+            if segmented:
                 write_nifti(partial[f"mask {i}"], visit.mask, visit.volume)
         follow_up_figure(result, scans, change_map(result, len(result.totals) - 1)).save(
             partial["picture"]

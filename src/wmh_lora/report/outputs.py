@@ -218,7 +218,8 @@ class Segmentation:
                 part.result()
             report = self.report()
             text = json.dumps(report, indent=2, ensure_ascii=False)
-            partial.report.write_text(text + "\n", encoding="utf-8")
+            # names that are no valid text are written with escapes
+            partial.report.write_bytes(f"{text}\n".encode("utf-8", "backslashreplace"))
             if partial.page is not None:
                 picture_png = partial.picture.read_bytes()
                 partial.page.write_bytes(self._page(page, report, picture_png))
@@ -263,7 +264,8 @@ class Segmentation:
             return scan_pdf(self, report)
         from wmh_lora.report.html import scan_html
 
-        return scan_html(self, report, picture_png=picture_png).encode("utf-8")
+        html = scan_html(self, report, picture_png=picture_png)
+        return html.encode("utf-8", "backslashreplace")
 
     def picture(self, reference: NDArray[Any] | None = None) -> Image:
         """Draw the montage that `save` writes, see `wmh_lora.report.montage.montage`."""

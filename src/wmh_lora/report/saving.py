@@ -99,14 +99,19 @@ def output_folder(folder: Path) -> Iterator[None]:
 
 
 def _place(temporary: Path, targets: Sequence[Path], fresh: set[Path]) -> None:
-    """Rename the finished files; if one cannot be, remove those that were not there before."""
+    """Rename the finished files; if one cannot be, put back what was there before."""
+    aside = temporary / "before"
+    aside.mkdir()
     placed: list[Path] = []
     try:
         for target in targets:
+            if target not in fresh:
+                target.replace(aside / target.name)
             (temporary / target.name).replace(target)
             placed.append(target)
     except BaseException:
         for target in placed:
-            if target in fresh:
-                target.unlink(missing_ok=True)
+            target.unlink(missing_ok=True)
+        for before in aside.iterdir():
+            before.replace(targets[0].parent / before.name)
         raise

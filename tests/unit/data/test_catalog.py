@@ -71,12 +71,20 @@ def test_a_scan_is_measured(tmp_path: Path) -> None:
     assert len(scan.hashes) == 3
 
 
+def test_labels_may_be_rounded_badly(tmp_path: Path) -> None:
+    pair(tmp_path, "p", 0, mask(0.9999999, 2.0000002))
+    scan = only(make_manifest(tmp_path))
+    assert scan.usable
+    assert scan.labels == (0, 1, 2)
+
+
 @pytest.mark.parametrize(
     ("labels", "code", "usable"),
     [
         (mask(), "empty-mask", True),
         (mask(2), "empty-mask", True),
         (mask(255), "label-values", False),
+        (mask(0.00001), "label-values", False),
         (mask(1, 0.5), "label-values", False),
         (mask(1, np.nan), "label-values", False),
         (mask(1, -1), "label-values", False),
@@ -152,7 +160,9 @@ def test_equal_images_of_two_subjects_are_noted(tmp_path: Path) -> None:
 def test_participants_table_names_sites(tmp_path: Path) -> None:
     for name in ("1", "2"):
         write(tmp_path / f"sub-{name}" / "anat" / f"sub-{name}_FLAIR.nii.gz", image())
-    (tmp_path / "participants.tsv").write_text("participant_id\tsite\nsub-1\tDelft\nsub-2\tn/a\n")
+    (tmp_path / "participants.tsv").write_text(
+        'participant_id\tnote\tsite\n1\t"quiet\tDelft\nsub-2\t"loud\tn/a\n'
+    )
     manifest = make_manifest(tmp_path)
     assert manifest.layout == "bids"
     assert {scan.subject: scan.site for scan in manifest.scans} == {

@@ -45,6 +45,17 @@ def scan(subject: str, session: str = "", run: str = "", site: str = "", n: int 
     return ScanFile(Path(f"{subject}{session}{run}{site}{n}"), subject, session, run, site)
 
 
+def test_several_labels_of_a_prediction_are_noted(tmp_path: Path) -> None:
+    volume = Volume(np.zeros((16, 16, 16), np.float32), np.eye(4))
+    reference, prediction = np.zeros((2, 16, 16, 16), np.float32)
+    reference[2:4, 2:4, 2:4] = 1
+    prediction[2:4, 2:4, 2:4], prediction[0, 0] = 255, 3
+    for name, data in (("r", reference), ("p", prediction)):
+        write_nifti(tmp_path / f"{name}.nii.gz", data, volume)
+    case = evaluate_pair(pair_of(tmp_path / "p.nii.gz", tmp_path / "r.nii.gz"))
+    assert "several labels (3, 255)" in case.note
+
+
 class TestMatching:
     def test_by_subject_session_and_scan(self) -> None:
         first = [scan("1", "a"), scan("1", "b"), scan("2")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from wmh_lora.errors import ConfigError, DataError
-from wmh_lora.evaluation.layouts import LAYOUTS, Kind, find_scans
+from wmh_lora.evaluation.layouts import LAYOUTS, Kind, find_scans, find_scans_and_rest
 
 
 def tree(root: Path, *places: str) -> Path:
@@ -56,6 +56,27 @@ def test_challenge_tree(tmp_path: Path) -> None:
 )
 def test_predictions_of_the_challenge(tmp_path: Path, place: str) -> None:
     assert names(tree(tmp_path, place)) == ["Utrecht/0"]
+
+
+def test_masks_that_a_layout_does_not_know_are_told(tmp_path: Path) -> None:
+    tree(
+        tmp_path,
+        "sub-01_mask.nii.gz",
+        "P02_mask.nii.gz",
+        "sub-01_label-ventricles_mask.nii.gz",
+        "sub-01_desc-aparcaseg_dseg.nii.gz",
+        "sub-01_space-halfway_desc-change_dseg.nii.gz",
+        "P02_FLAIR.nii.gz",
+    )
+    scans, rest = find_scans_and_rest(tmp_path, "mask")
+    assert [scan.name for scan in scans] == ["01"]
+    assert rest == [tmp_path / "P02_mask.nii.gz"]
+
+
+def test_two_files_of_one_scan_are_refused(tmp_path: Path) -> None:
+    tree(tmp_path, "sub-01_mask.nii", "sub-01_mask.nii.gz", "sub-02_mask.nii.gz")
+    with pytest.raises(DataError, match="are files of one scan"):
+        find_scans(tmp_path, "mask")
 
 
 def test_uk_biobank(tmp_path: Path) -> None:

@@ -122,6 +122,18 @@ def test_a_failing_rename_takes_back_what_was_placed(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
 
 
+def test_a_failing_rename_puts_back_what_was_replaced(tmp_path: Path) -> None:
+    targets = [tmp_path / "a", tmp_path / "b"]
+    for target in targets:
+        target.write_text("old")
+    with (
+        pytest.raises(DataError, match="Cannot write"),
+        saved_together(targets, overwrite=True) as temporary,
+    ):
+        temporary[targets[0]].write_text("new")  # b is never written
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
+
+
 def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
         with saved_together([tmp_path / "deep" / "a"]) as temporary:
