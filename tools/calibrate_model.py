@@ -49,6 +49,8 @@ def main() -> None:
         brain = maps.structure_masks["brain"] > 0
         counted = (brain | (reference == 1)) & (reference != 2)
         counts.append(ProbabilityCounts.of(maps.probability, reference == 1, counted))
+    if len(counts) < 2:
+        parser.error("One half of the scans is fitted, the other tested: give two or more.")
     fitted, kept = (_sum(counts[first::2]) for first in (0, 1))
     half = fit_calibration(fitted)
     whole = fit_calibration(fitted + kept)

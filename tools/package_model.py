@@ -44,7 +44,7 @@ def main() -> None:
         card,
         name=given.name,
         licence="MIT",
-        training={"command": given.command, "data": given.data, **card.training},
+        training={**card.training, "command": given.command, "data": given.data},
         metrics={key: float(value) for key, value in pairs},
     )
     target = given.output or ASSETS / f"{given.name}.safetensors"

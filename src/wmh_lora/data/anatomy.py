@@ -20,6 +20,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from wmh_lora.data.registration import register_to_template
+from wmh_lora.files import open_atomic
 
 LabelArray = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
@@ -74,9 +75,10 @@ class Anatomy:
 
     def save(self, path: Path) -> None:
         """Write to an ``.npz`` file."""
-        np.savez_compressed(
-            path, tissue=self.tissue, to_mni_mm=self.to_mni_mm, has_head=self.has_head
-        )
+        with open_atomic(path, overwrite=True) as stream:
+            np.savez_compressed(
+                stream, tissue=self.tissue, to_mni_mm=self.to_mni_mm, has_head=self.has_head
+            )
 
     @classmethod
     def load(cls, path: Path) -> Anatomy:

@@ -113,6 +113,9 @@ class DataConfig:
         for name in (*shares, "painted_share", "other_planes_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"data.{name} = {getattr(self, name)} must lie in [0, 1].")
+        for name, least in (("crops_per_scan", 1), ("min_excess", 0), ("cap_reach_mm", 0)):
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"data.{name} = {getattr(self, name)} must be at least {least}.")
         if bool(self.manifest) != bool(self.split):
             raise ConfigError(
                 "data.manifest and data.split belong together: name the files of `wmh-lora data "

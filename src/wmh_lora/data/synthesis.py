@@ -172,7 +172,6 @@ def deform(rng: np.random.Generator, anatomy: Anatomy) -> tuple[LabelArray, Floa
         flat *= source.shape[axis]
         flat += np.clip(index, 0, limit)
     tissue = source.ravel()[flat]
-    # a cut through the neck continues beyond the map's floor; other sides are air
     tissue[outside] = Tissue.AIR
     _widen_sulci(rng, tissue)
     return tissue, to_mni
@@ -189,7 +188,7 @@ def _widen_sulci(rng: np.random.Generator, tissue: LabelArray) -> None:
 
 
 def _pose(rng: np.random.Generator) -> FloatArray:
-    """Draw a rotation (nodding most), unequal scales and some shear; determinant positive."""
+    """Draw a rotation (nodding most), unequal scales and some shear; half are mirrored."""
     angles = np.deg2rad(rng.normal(0.0, [8.0, 5.0, 7.0]))
     matrix = np.diag(np.exp(rng.normal(0.0, 0.06, 3)))
     for axis, angle in enumerate(angles):

@@ -53,7 +53,7 @@ _SHOWN = 3  # differing keys that an error message lists
 _KEPT = "base_weight"  # buffer of a merged layer that holds the weight from before
 
 
-def _own_name(module_name: str) -> str:
+def own_name(module_name: str) -> str:
     """Last part of a module's name."""
     return module_name.rpartition(".")[2]
 
@@ -65,7 +65,7 @@ def _target_linears(encoder: nn.Module, settings: LoraSettings) -> Iterator[tupl
     """
     for name, module in encoder.named_modules():
         is_linear = isinstance(module, nn.Linear) or hasattr(module, "lora_A")
-        if is_linear and _own_name(name) in settings.ranks:
+        if is_linear and own_name(name) in settings.ranks:
             yield name, module
 
 
@@ -80,8 +80,8 @@ def lora_shapes(encoder: nn.Module, settings: LoraSettings) -> dict[str, tuple[i
     shapes: dict[str, tuple[int, ...]] = {}
     found = set()
     for name, layer in _target_linears(encoder, settings):
-        found.add(_own_name(name))
-        rank = settings.ranks[_own_name(name)]
+        found.add(own_name(name))
+        rank = settings.ranks[own_name(name)]
         shapes[f"{name}.lora_a"] = (rank, layer.in_features)
         shapes[f"{name}.lora_b"] = (layer.out_features, rank)
         if settings.dora:
@@ -126,7 +126,7 @@ def check_tensors(
 def _shape_difference(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """One tensor's wrong shape; for LoRA factors also what it means."""
     text = f"{name} is {found} instead of {expected}"
-    rank_axis = {"lora_a": 0, "lora_b": 1}.get(_own_name(name))
+    rank_axis = {"lora_a": 0, "lora_b": 1}.get(own_name(name))
     if rank_axis is None or len(found) != 2:
         return text
     if found[rank_axis] != expected[rank_axis]:
@@ -282,7 +282,7 @@ def merge_lora(
             if keep_base:
                 layer.register_buffer(_KEPT, weight.clone(), persistent=False)
             a, b = (tensors[f"{name}.{key}"].to(weight) for key in ("lora_a", "lora_b"))
-            weight.add_(b @ a, alpha=settings.factor(_own_name(name)))
+            weight.add_(b @ a, alpha=settings.factor(own_name(name)))
             if settings.dora:
                 length = torch.linalg.vector_norm(weight, dim=1)
                 weight.mul_((tensors[f"{name}.magnitude"].to(weight) / length)[:, None])
@@ -345,6 +345,6 @@ def lora_budget(model: nn.Module) -> dict[str, int]:
     """
     budget: dict[str, int] = {}
     for name, parameter in _peft_parameters(model).items():
-        layer = _own_name(name.rpartition(".")[0])
+        layer = own_name(name.rpartition(".")[0])
         budget[layer] = budget.get(layer, 0) + parameter.numel()
     return budget

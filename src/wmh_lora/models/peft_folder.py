@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from wmh_lora.errors import AdapterMismatchError, ConfigError, DataError, WeightsError
 from wmh_lora.files import open_atomic, write_failure
 from wmh_lora.logs import LOGGER
-from wmh_lora.models.lora import check_tensors, lora_shapes, peft_config
+from wmh_lora.models.lora import check_tensors, lora_shapes, own_name, peft_config
 from wmh_lora.models.lora_settings import LoraSettings
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _check_complete(tensors: Mapping[str, Tensor], settings: LoraSettings) -> li
     layers = _layers(tensors)
     expected: dict[str, tuple[int, ...]] = {}
     for layer in layers:
-        rank = settings.ranks.get(_own_name(layer))
+        rank = settings.ranks.get(own_name(layer))
         if rank is not None:
             a, b = (tensors.get(f"{layer}.{part}") for part in ("lora_a", "lora_b"))
             n_in, n_out = 0 if a is None else a.shape[-1], 0 if b is None else b.shape[0]
@@ -129,7 +129,7 @@ def _check_complete(tensors: Mapping[str, Tensor], settings: LoraSettings) -> li
             if settings.dora:
                 expected[f"{layer}.magnitude"] = (n_out,)
     check_tensors(tensors, expected, "the LoRA settings they are exported with")
-    absent = set(settings.ranks) - {_own_name(layer) for layer in layers}
+    absent = set(settings.ranks) - {own_name(layer) for layer in layers}
     if absent or not layers:
         names = ", ".join(sorted(absent)) or "any layer"
         raise AdapterMismatchError(f"There are no adapters to export for {names}.")
@@ -139,11 +139,6 @@ def _check_complete(tensors: Mapping[str, Tensor], settings: LoraSettings) -> li
 def _layers(tensors: Mapping[str, Tensor]) -> list[str]:
     """Full names of the layers that the tensors belong to."""
     return sorted({name.rpartition(".")[0] for name in tensors})
-
-
-def _own_name(layer: str) -> str:
-    """Last part of a layer's name."""
-    return layer.rpartition(".")[2]
 
 
 def _peft_name(name: str) -> str:
@@ -295,7 +290,7 @@ def _settings(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -
         alpha = alphas_by_pattern.get(get_pattern_key(alphas_by_pattern, layer), config.lora_alpha)
         if not (isinstance(rank, int) and rank >= 1 and isinstance(alpha, (int, float))):
             raise WeightsError(f"{folder}: the rank {rank!r} or alpha {alpha!r} is no number.")
-        if ranks.setdefault(_own_name(layer), rank) != rank:
+        if ranks.setdefault(own_name(layer), rank) != rank:
             raise WeightsError(
                 f"{folder}: {layer} has rank {rank}, other layers of that name have another; "
                 "a rank for each layer name is supported."

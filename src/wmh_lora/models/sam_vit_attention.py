@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from wmh_lora.models.linear import Linear
+from wmh_lora.models.windows import bands
 
 __all__ = ["Attention", "biased_attention", "relative_positions"]
 
@@ -135,15 +136,6 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, rel_rows: Tensor, rel_cols
     return out
 
 
-def _bands(length: int, side: int) -> Iterator[tuple[int, int, int]]:
-    """Cut an axis into (start, stop, extent of a window): whole windows, then what is left."""
-    whole = length - length % side
-    if whole:
-        yield 0, whole, side
-    if whole < length:
-        yield whole, length, length - whole
-
-
 class Attention(nn.Module):
     """Multi-head self-attention of a map of tokens.
 
@@ -178,8 +170,8 @@ class Attention(nn.Module):
         qkv: Tensor = self.qkv(tokens)
         padding = self._padding(tokens) if h % side_h or w % side_w else None
         mixed = qkv.new_empty(tokens.shape)
-        for top, bottom, rows in _bands(h, side_h):
-            for left, right, cols in _bands(w, side_w):
+        for top, bottom, rows in bands(h, side_h):
+            for left, right, cols in bands(w, side_w):
                 part = mixed[:, top:bottom, left:right]
                 windows = _split(qkv[:, top:bottom, left:right], rows, cols, self.heads)
                 out = self._attend(windows, rel_h[:rows], rel_w[:cols], padding)

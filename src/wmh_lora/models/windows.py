@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["WindowGroup", "WindowOrder", "window_order"]
+__all__ = ["WindowGroup", "WindowOrder", "bands", "window_order"]
 
 _REMEMBERED = 64  # layouts; a scan needs one for each window side and batch size
 
@@ -46,7 +46,7 @@ class WindowOrder(NamedTuple):
     groups: tuple[WindowGroup, ...]
 
 
-def _bands(length: int, side: int) -> Iterator[tuple[int, int, int]]:
+def bands(length: int, side: int) -> Iterator[tuple[int, int, int]]:
     """Cut an axis into (start, stop, extent of a window): whole windows, then what is left."""
     whole = length - length % side
     if whole:
@@ -74,8 +74,8 @@ def window_order(
         parts: list[Tensor] = []
         groups: list[WindowGroup] = []
         start = 0
-        for top, bottom, rows in _bands(height, side):
-            for left, right, cols in _bands(width, side):
+        for top, bottom, rows in bands(height, side):
+            for left, right, cols in bands(width, side):
                 part = places[:, top:bottom, left:right]
                 part = part.unflatten(2, (-1, cols)).unflatten(1, (-1, rows)).transpose(2, 3)
                 parts.append(part.flatten())

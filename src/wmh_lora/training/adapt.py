@@ -206,6 +206,8 @@ class _Adaptation:
     def _plan(self) -> int:
         """Steps of each network, from the time that a few take."""
         probe = self._train(WHOLE, _PROBE_STEPS, self.clock.left / 2, "first steps")
+        if probe.steps < _PROBE_STEPS:
+            self._refuse_time(2 * 60 * self.clock.minutes)
         share = self._training_share()
         steps = int(_PLANNED_SHARE * (share - probe.start_s) / probe.step_s)
         if steps < _FEWEST_STEPS:

@@ -157,6 +157,7 @@ def free_all(net: WMHNet) -> SettledNet:
     """Let every weight of a finished network learn."""
     net.adaptation = "full"
     net.requires_grad_(True)
+    _keep_t1(net)
     return SettledNet.of(net)
 
 
@@ -183,7 +184,15 @@ def free_adapter(
         add_lora(net.encoder, LoraSettings(ranks))
     net.decoder.requires_grad_(decoder)
     net.adapter.requires_grad_(decoder)
+    _keep_t1(net)
     return SettledNet.of(net)
+
+
+def _keep_t1(net: WMHNet) -> None:
+    """Leave what stands for T1, or its absence, as it is: sites give FLAIR alone to learn from."""
+    if net.adapter.t1_channels:
+        net.adapter.t1_stem.requires_grad_(False)
+        net.adapter.t1_missing.requires_grad_(False)
 
 
 def _targets(config: ModelConfig) -> tuple[str, ...]:

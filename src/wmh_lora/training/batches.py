@@ -98,7 +98,7 @@ class _MicroBatches:
 def batch_loader(
     stream: StreamLike, config: TrainingConfig, start: int, processes: Processes | None = None
 ) -> DataLoader[Any]:
-    """Micro-batches of samples ``start``, ``start + 1``, ... in this order, without end.
+    """Micro-batches of samples ``start``, ``start + 1``, ... in this order, to the last step.
 
     Of several processes, each gets its own: micro-batch ``i`` of a step goes to process ``i``
     modulo their number. The loader draws its seeds from a generator of its own, not the global one.

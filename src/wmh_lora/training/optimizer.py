@@ -43,7 +43,7 @@ def parameter_groups(net: nn.Module, config: TrainingConfig) -> list[dict[str, A
     """Trained parameters by kind, each kind as two groups: with and without weight decay.
 
     Kinds are ``lora``, ``adapter``, ``decoder`` and, if it is trained in full, ``encoder``.
-    Vectors and scalars (biases, norms, fusion weights) are not decayed.
+    Vectors and scalars (biases, norms) are not decayed.
     """
     peaks = _peak_rates(config)
     kinds: dict[str, tuple[list[Tensor], list[Tensor]]] = {kind: ([], []) for kind in peaks}

@@ -118,10 +118,11 @@ def train(
         if on_step is not None and processes.first:
             on_step(step, steps, loss)
 
-    finished = trainer.run(resume=resume, on_step=show)
-    if logs is not None:
-        logs.close()
-    return finished
+    try:
+        return trainer.run(resume=resume, on_step=show)
+    finally:
+        if logs is not None:
+            logs.close()
 
 
 def with_split_validation(config: RunConfig) -> RunConfig:

@@ -130,6 +130,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.steps_done, group["peak_lr"], config)
         statistics = RunningStatistics(self.net) if processes.count > 1 else None
+        before = [buffer.clone() for buffer in self.net.buffers()]
         totals: dict[str, Tensor] = {}
         for part in range(processes.rank, config.accumulation, processes.count):
             started = time.perf_counter()
@@ -147,7 +148,7 @@ class Trainer:
             statistics.finish(config.accumulation)
         self._stopping = bool(stop > 0)
         record = dict(zip(totals, values.tolist(), strict=True))
-        norm = self._update(record["loss"])
+        norm = self._update(record["loss"], before)
         self.steps_done += 1
         self.samples_seen += config.samples_per_step
         return {**record, "grad_norm": norm, "data_wait_s": wait}
@@ -161,21 +162,29 @@ class Trainer:
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             output = self.net.forward_train(batch.image, *self._visible_t1(batch, part))
         loss = self.loss(output, batch.target, batch.valid)
-        self.scaler.scale(loss.total / config.accumulation).backward()
-        return {"loss": loss.total.detach(), **loss.parts}
+        total = loss.total
+        if not total.requires_grad:  # what T1 enters by is trained alone, and no crop has a T1
+            total = total + 0.0 * sum(parameter.sum() for parameter in self.parameters)
+        self.scaler.scale(total / config.accumulation).backward()
+        return {"loss": total.detach(), **loss.parts}
 
-    def _update(self, loss: float) -> float:
-        """Change the weights, if loss and gradient are finite; returns the gradient's norm."""
+    def _update(self, loss: float, before: Sequence[Tensor]) -> float:
+        """Change the weights, if loss and gradient are finite; returns the gradient's norm.
+
+        Otherwise running statistics become again what they were ``before``.
+        """
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip))
         if math.isfinite(norm) and math.isfinite(loss):
             self.scaler.step(self.optimizer)
+            update_average(self.average, self.net, self.steps_done, self.config.ema_decay)
             self._bad_steps = 0
         else:
+            for buffer, value in zip(self.net.buffers(), before, strict=True):
+                buffer.copy_(value)
             self._refuse_step(loss, norm)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        update_average(self.average, self.net, self.steps_done, self.config.ema_decay)
         return norm
 
     def run(
@@ -213,10 +222,12 @@ class Trainer:
         with catch_stop_signals(self._request_stop):
             while not self._stopping:
                 if self._validation_due():
+                    began = time.monotonic()
                     self._save()  # a whole-scan validation is long; a kill must not cost the steps
                     self._validate_together()
                     self._save()
-                    window_started = time.monotonic()
+                    last_saved = time.monotonic()
+                    window_started += last_saved - began  # that time is not the steps'
                 if self.steps_done >= config.steps or self._stopping:
                     break
                 window.append(self.step(batches))

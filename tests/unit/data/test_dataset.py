@@ -173,6 +173,8 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
         DataConfig(lanes=2, real_lanes=3, real=("x",))
     with pytest.raises(ConfigError, match=r"data\.real"):
         DataConfig(real_lanes=1)
+    with pytest.raises(ConfigError, match=r"data\.crops_per_scan = 0 must be at least 1"):
+        DataConfig(crops_per_scan=0)
     with pytest.raises(ConfigError, match="cache"):
         DataConfig(labelmaps="x")
     arguments = (0, 32, PreprocessConfig(), STRUCTURES)

@@ -22,6 +22,7 @@ from wmh_lora.models.network import WMHNet
 from wmh_lora.training.checkpoint import checkpoint_paths, load_newest_checkpoint, trained_state
 from wmh_lora.training.optimizer import parameter_groups
 from wmh_lora.training.settings import TrainingConfig
+from wmh_lora.training.start import train_t1_alone
 from wmh_lora.training.trainer import Trainer
 
 
@@ -375,6 +376,31 @@ def test_a_loss_that_stays_non_finite_ends_the_run(fakes: ModuleType, tmp_path: 
     with pytest.raises(WMHError, match="not finite in 20 steps"):
         trainer.run()
     assert all(torch.equal(before[name], p) for name, p in trainer.net.named_parameters())
+
+
+def test_a_step_that_is_left_out_leaves_nothing(fakes: ModuleType, tmp_path: Path) -> None:
+    """Neither weights nor running statistics, nor their averages."""
+
+    class OnceBroken(fakes.BlobStream):  # type: ignore[misc,name-defined]
+        def item(self, index: int) -> Any:
+            sample = super().item(index)
+            if index in (2, 5):
+                return sample._replace(image=np.full((3, 32, 32), np.nan, np.float32))
+            return sample
+
+    trainer = fakes.tiny_trainer(tmp_path, OnceBroken(), steps=6, accumulation=1)
+    assert trainer.run()
+    for tensors in (trainer.net.state_dict(), trainer.average):
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+
+
+def test_t1_alone_is_trained_where_batches_show_none(fakes: ModuleType, tmp_path: Path) -> None:
+    net = fakes.tiny_net(t1_channels=1)
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    trainer = fakes.tiny_trainer(tmp_path, fakes.BlobStream(), train_t1_alone(net), steps=2)
+    assert trainer.run()
+    for name, parameter in trainer.net.named_parameters():
+        torch.testing.assert_close(parameter, start[name])
 
 
 def test_parameter_groups(fakes: ModuleType) -> None:
