@@ -28,14 +28,20 @@ from wmh_lora.volume_nibabel import image_file, image_name, take_image
 from wmh_lora.volume_readers import RawImage, nifti_affine, read_mgh, read_nifti, read_nrrd
 
 __all__ = [
+    "GRID_TOLERANCE",
     "IMAGE_SUFFIXES",
     "Volume",
     "find_images",
+    "grid_difference",
     "image_stem",
     "open_atomic",
     "voxel_volume_ml",
     "write_nifti",
 ]
+
+#: Furthest that a corner of one grid may lie from the other's, in edges of the smallest voxel side.
+#: Headers written by different programs differ by rounding, a thousand times less.
+GRID_TOLERANCE = 0.1
 
 # Masks and probabilities are mostly zeros: higher levels cost time and save little.
 _GZIP_LEVEL = 2
@@ -182,6 +188,22 @@ class Volume:
             taken = take_image(image)
         check_content(name, taken.data, allow_constant=allow_constant)
         return cls(taken.data, taken.affine, path=image_file(image), header=taken.header)
+
+
+def grid_difference(image: Volume, other: Volume) -> str | None:
+    """Say how two grids differ, or None if every corner agrees within `GRID_TOLERANCE`."""
+    if image.shape != other.shape:
+        return f"{_sides(image)} against {_sides(other)} voxels"
+    ends = [(-0.5, n - 0.5) for n in image.shape]
+    corners = np.stack([*(axis.ravel() for axis in np.meshgrid(*ends)), np.ones(8)])
+    apart_mm = np.linalg.norm(((image.affine - other.affine) @ corners)[:3], axis=0).max()
+    if apart_mm <= GRID_TOLERANCE * min(image.spacing_mm):
+        return None
+    return f"equal shapes, but they lie up to {apart_mm:.3g} mm apart"
+
+
+def _sides(volume: Volume) -> str:
+    return " x ".join(map(str, volume.shape))
 
 
 def write_nifti(

@@ -212,27 +212,24 @@ def _refuse_existing(files: Mapping[str, Path]) -> None:
 
 
 def _read_masks(scans: Sequence[Path], masks: Sequence[Path], names: Sequence[str]) -> list[Visit]:
-    import numpy as np
-
     from wmh_lora.errors import GridMismatchError
     from wmh_lora.evaluation.masks import check_labels, lesion_of_labels
     from wmh_lora.logs import collect_warnings
     from wmh_lora.longitudinal.study import Visit
-    from wmh_lora.volume import Volume
+    from wmh_lora.volume import Volume, grid_difference
 
     visits = []
     for scan, path, name in zip(scans, masks, names, strict=True):
         with collect_warnings() as warnings:
             volume, mask = Volume.read(scan), Volume.read(path, allow_constant=True)
-        if mask.shape != volume.shape or not np.allclose(mask.affine, volume.affine, atol=1e-3):
+        if difference := grid_difference(volume, mask):
             raise GridMismatchError(
-                f"{path} does not lie on the grid of {scan}: shapes {mask.shape} and "
-                f"{volume.shape}, affines {np.abs(mask.affine - volume.affine).max():.3g} apart at "
-                "most; give the mask on the scan's own grid."
+                f"{path} does not lie on the grid of {scan}: {difference}; give the mask on the "
+                "scan's own grid."
             )
         check_labels(path, mask.data)
         lesion = lesion_of_labels(mask.data)
-        visits.append(Visit(name, volume, lesion.astype(np.uint8), warnings=tuple(warnings)))
+        visits.append(Visit(name, volume, lesion.astype("uint8"), warnings=tuple(warnings)))
     return visits
 
 

@@ -19,16 +19,12 @@ from wmh_lora.errors import ConfigError, DataError, UnreadableImageError
 from wmh_lora.files import IMAGE_SUFFIXES, file_sha256, images_below
 from wmh_lora.logs import Progress
 from wmh_lora.t1 import SMALLEST_OVERLAP, share_in_view
-from wmh_lora.volume import Volume
+from wmh_lora.volume import Volume, grid_difference
 
-__all__ = ["GRID_TOLERANCE", "LAYOUTS", "LayoutName", "make_manifest"]
+__all__ = ["LAYOUTS", "LayoutName", "make_manifest"]
 
 LayoutName = Literal["auto", "challenge", "bids", "flat"]
 LAYOUTS: tuple[LayoutName, ...] = ("auto", "challenge", "bids", "flat")
-
-#: Furthest that a corner of the mask may lie from the image's, in edges of the smallest voxel side.
-#: Headers written by different programs differ by rounding, a thousand times less.
-GRID_TOLERANCE = 0.1
 
 _FOREGROUND, _IGNORED = 1, 2
 _SHOWN = 5  # values or names in a message
@@ -268,7 +264,7 @@ def _usable_structures(
         mask = _read(root, path, "structure", problems)
         if mask is None or image is None:
             continue
-        if differs := _grid_difference(image, mask):
+        if differs := grid_difference(image, mask):
             problems.append(Problem("structure-grid", f"image and mask of {name}: {differs}"))
         else:
             usable[name] = path
@@ -333,26 +329,10 @@ def _distinct(
 
 
 def _on_one_grid(image: Volume, mask: Volume, problems: list[Problem]) -> bool:
-    if (difference := _grid_difference(image, mask)) is None:
+    if (difference := grid_difference(image, mask)) is None:
         return True
     problems.append(Problem("grid-mismatch", f"image and mask: {difference}; resample the mask"))
     return False
-
-
-def _grid_difference(image: Volume, other: Volume) -> str | None:
-    """Say how two grids differ, or None if every corner agrees within `GRID_TOLERANCE`."""
-    if image.shape != other.shape:
-        return f"shape {_sides(image)} against {_sides(other)}"
-    ends = [(-0.5, n - 0.5) for n in image.shape]
-    corners = np.stack([*(axis.ravel() for axis in np.meshgrid(*ends)), np.ones(8)])
-    apart_mm = np.linalg.norm(((image.affine - other.affine) @ corners)[:3], axis=0).max()
-    if apart_mm <= GRID_TOLERANCE * min(image.spacing_mm):
-        return None
-    return f"equal shapes, but they lie up to {apart_mm:.3g} mm apart"
-
-
-def _sides(volume: Volume) -> str:
-    return " x ".join(map(str, volume.shape))
 
 
 def _with_duplicates(scans: list[Scan]) -> list[Scan]:

@@ -34,7 +34,7 @@ from wmh_lora.files import file_sha256
 from wmh_lora.logs import Progress
 from wmh_lora.models.model_file import ModelCard
 from wmh_lora.training.tune_cases import TuningCase
-from wmh_lora.volume import Volume
+from wmh_lora.volume import Volume, grid_difference
 
 __all__ = [
     "METRICS",
@@ -245,18 +245,19 @@ def read_reference(case: TuningCase, volume: Volume) -> NDArray[np.uint8]:
     Raises
     ------
     GridMismatchError
-        If scan and reference have other shapes.
+        If scan and reference do not lie on one grid.
     DataError
         If the reference holds other values.
     """
     if case.reference is None:
         return np.zeros(volume.shape, dtype=np.uint8)
-    data = Volume.read(case.reference, allow_constant=True).data
-    if data.shape != volume.shape:
+    reference = Volume.read(case.reference, allow_constant=True)
+    if difference := grid_difference(volume, reference):
         raise GridMismatchError(
-            f"{case.reference} has shape {data.shape}, its image {case.image} has {volume.shape}; "
-            "resample the reference to the grid of the image."
+            f"{case.image} and its reference {case.reference}: {difference}; resample the "
+            "reference to the grid of the image."
         )
+    data = reference.data
     labels = np.rint(data)
     if not (np.isin(labels, (0, 1, 2)).all() and np.allclose(data, labels, atol=1e-3)):
         raise DataError(

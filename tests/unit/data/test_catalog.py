@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wmh_lora.data.catalog import GRID_TOLERANCE, make_manifest
+from wmh_lora.data.catalog import make_manifest
 from wmh_lora.data.manifest import Manifest, Scan, read_manifest, write_manifest
 from wmh_lora.errors import ConfigError, DataError
-from wmh_lora.volume import Volume, write_nifti
+from wmh_lora.volume import GRID_TOLERANCE, Volume, write_nifti
 
 SHAPE = (20, 18, 5)
 SPACING_MM = (1.0, 1.25, 4.0)
