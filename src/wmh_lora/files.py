@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that the command line may use it before it ne
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
 import os
@@ -26,6 +27,7 @@ __all__ = [
     "image_suffix",
     "images_below",
     "open_atomic",
+    "read_tsv",
     "write_failure",
 ]
 
@@ -35,6 +37,12 @@ IMAGE_SUFFIXES: tuple[str, ...] = (".nii.gz", ".nii", ".mgz", ".mgh", ".nrrd")
 # What lies beside the scans and is no input: segmentations, ours among them, and scans resampled
 # between two visits by `wmh-lora longitudinal`.
 _NO_INPUT = re.compile(r"_(?:mask|probseg|dseg|space-halfway)(?:[_.]|$)")
+
+
+def read_tsv(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a BIDS table, in which quotes mean nothing."""
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        return list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def image_suffix(path: str | os.PathLike[str]) -> str | None:

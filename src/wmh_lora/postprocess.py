@@ -289,6 +289,7 @@ def label_lesions(
         return labels, []
     affine = np.asarray(affine, dtype=np.float64)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    voxel_ml = voxel_volume_ml(affine)
     native_axes = _axes_by_direction(affine)
     indices = np.nonzero(labels)
     owner = labels[indices] - 1
@@ -306,7 +307,7 @@ def label_lesions(
             Lesion(
                 index=rank,
                 voxels=int(voxels[n]),
-                volume_ml=int(voxels[n]) * voxel_volume_ml(affine),
+                volume_ml=int(voxels[n]) * voxel_ml,
                 centroid_mm=_triple(centroids[n]),
                 extent_mm=_triple([size[axis] for axis in native_axes]),
             )

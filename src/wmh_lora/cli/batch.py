@@ -288,13 +288,13 @@ def _write_table(plan: Plan, outcome: Outcome, options: Options) -> Path:
     from wmh_lora.report.tables import cohort_row, cohort_table, failed_row
 
     rows = {done.scan.name: cohort_row(done.scan.name, done.report) for done in outcome.done}
-    failed = [
-        (failure, failed_row(failure.name, failure.source.name, failure.message))
-        for failure in outcome.failures
-    ]
-    # an input that holds no scan may be called like a scan of another input
-    rows |= {failure.name: row for failure, row in failed if failure not in plan.failures}
-    inputs = [row for failure, row in failed if failure in plan.failures]
+    inputs = []
+    for failure in outcome.failures:
+        row = failed_row(failure.name, failure.source.name, failure.message)
+        if failure in plan.failures:  # it holds no scan, but may be called like one
+            inputs.append(row)
+        else:
+            rows[failure.name] = row
     ordered = [rows[scan.name] for scan in plan.scans if scan.name in rows]
     path = options.out_dir / COHORT_TABLE
     with open_atomic(path, overwrite=options.overwrite) as stream:

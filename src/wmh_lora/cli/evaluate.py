@@ -271,7 +271,7 @@ def _pairings(options: _Options, failures: list[Failure]) -> list[Pairing]:
 
 def _warn_of_missing_sites(table: Path, sites: Mapping[str, str], pairing: Pairing) -> None:
     """Say that a table does not know subjects; spreadsheets make 1 of 001."""
-    subjects = {pair.reference.subject.removeprefix("sub-") for pair in pairing.pairs}
+    subjects = {pair.reference.bare_subject for pair in pairing.pairs}
     if missing := sorted(subjects - sites.keys()):
         click.echo(
             f"wmh-lora: {table} tells no site of {len(missing)} of {len(subjects)} subjects, such "

@@ -154,9 +154,6 @@ def longitudinal(
     files = save_follow_up(result, out_dir, stem=stem, overwrite=overwrite)
     for line in _summary(result):
         click.echo(line)
-    for text in result.warnings:
-        if "quality fail" in text:
-            click.echo(f"wmh-lora: {text}", err=True)
     click.echo(f"-> {files['report']}")
 
 

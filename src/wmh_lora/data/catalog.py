@@ -16,7 +16,7 @@ import numpy.typing as npt
 from wmh_lora.data.layouts import Found, Listing, list_bids, list_challenge, list_flat
 from wmh_lora.data.manifest import UNUSABLE, Manifest, Problem, Scan
 from wmh_lora.errors import ConfigError, DataError, UnreadableImageError
-from wmh_lora.files import IMAGE_SUFFIXES, file_sha256, images_below
+from wmh_lora.files import IMAGE_SUFFIXES, file_sha256, images_below, read_tsv
 from wmh_lora.logs import Progress
 from wmh_lora.t1 import SMALLEST_OVERLAP, share_in_view
 from wmh_lora.volume import Volume, grid_difference
@@ -123,9 +123,7 @@ def _sites(root: Path, dataset: Path) -> dict[tuple[str, str], str]:
     """Read the column site of a BIDS participants.tsv, if it has one."""
     table = dataset / "participants.tsv"
     try:
-        with table.open(encoding="utf-8-sig", newline="") as stream:
-            # quotes mean nothing in BIDS tables
-            rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
+        rows = read_tsv(table)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, csv.Error) as error:

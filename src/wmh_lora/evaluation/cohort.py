@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import multiprocessing
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from wmh_lora.errors import ConfigError, DataError, GridMismatchError
 from wmh_lora.evaluation.layouts import ScanFile, find_scans_and_rest
 from wmh_lora.evaluation.masks import check_labels
 from wmh_lora.evaluation.metrics import ChallengeMetrics, evaluate
+from wmh_lora.files import read_tsv
 from wmh_lora.logs import collect_warnings
 from wmh_lora.volume import Volume
 
@@ -35,7 +35,6 @@ __all__ = [
 
 #: Largest difference between two affines, in any of their elements, that passes without a note.
 AFFINE_TOLERANCE = 1e-3
-#: Fractions up to this are rounding of stored labels, not other values.
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def pair_folders(
         )
     sites = sites or {}
     pairs = [
-        Pair(series, p, r, site=sites.get(_bare_subject(r)) or r.site or p.site) for p, r in matches
+        Pair(series, p, r, site=sites.get(r.bare_subject) or r.site or p.site) for p, r in matches
     ]
     unpaired = [Unpaired(series, "prediction", f.path, why) for f, why in left]
     unpaired += [Unpaired(series, "reference", f.path, why) for f, why in right]
@@ -180,7 +179,7 @@ def match_scans(
     groups: defaultdict[str, tuple[list[ScanFile], list[ScanFile]]] = defaultdict(lambda: ([], []))
     for side, files in enumerate((first, second)):
         for file in files:
-            groups[_bare_subject(file)][side].append(file)
+            groups[file.bare_subject][side].append(file)
     matches: list[tuple[ScanFile, ScanFile]] = []
     alone: tuple[list[tuple[ScanFile, str]], list[tuple[ScanFile, str]]] = ([], [])
     for lefts, rights in groups.values():
@@ -292,9 +291,7 @@ def read_participants(path: Path, column: str = "site") -> dict[str, str]:
         The file cannot be read, or lacks a column.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            # quotes mean nothing in BIDS tables
-            rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
+        rows = read_tsv(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"Cannot read {path}: {error}; give a tab-separated text file."
@@ -324,10 +321,6 @@ def _grid_note(reference: Volume, prediction: Volume) -> str:
         f"affines differ by up to {difference.max():.3g}; equal voxels lie up to {offset_mm:.3g} "
         "mm apart"
     )
-
-
-def _bare_subject(file: ScanFile) -> str:
-    return file.subject.removeprefix("sub-")
 
 
 def _identical(a: ScanFile, b: ScanFile) -> bool:

@@ -48,6 +48,11 @@ class ScanFile:
     site: str = ""
 
     @property
+    def bare_subject(self) -> str:
+        """Subject without ``sub-``, whether or not the layout leaves that in front."""
+        return self.subject.removeprefix("sub-")
+
+    @property
     def name(self) -> str:
         """Return a name for people: site, subject, session and scan, as far as they are known.
 

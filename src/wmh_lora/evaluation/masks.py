@@ -25,6 +25,7 @@ BoolArray = NDArray[np.bool_]
 WMH_LABEL = 1
 OTHER_PATHOLOGY_LABEL = 2
 
+#: Fractions up to this are rounding of stored labels, not other values.
 _LABEL_TOLERANCE = 1e-3
 
 
@@ -80,7 +81,7 @@ def check_labels(path: Path, data: NDArray[Any]) -> None:
         more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
         raise DataError(
             f"The mask {path} holds the values {listed}{more}; expected only 0 (background), "
-            "1 (white matter hyperintensity) and 2 (other pathology). Recode it, or check that it "
+            "1 (white matter hyperintensity) and 2 (other pathology); recode it, or check that it "
             "is the mask that was meant."
         )
 

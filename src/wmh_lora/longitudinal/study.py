@@ -67,6 +67,8 @@ class Visit:
             for check in segmentation.quality.checks
             if check.verdict == "fail"
         ]
+        for text in failed:
+            _log.warning("%s", text)
         warnings = (*segmentation.warnings, *failed)
         return cls(name, segmentation.volume, segmentation.mask, segmentation, warnings)
 

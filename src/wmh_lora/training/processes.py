@@ -128,6 +128,13 @@ class RunningStatistics:
         self._counts = [counter.clone() for counter in self._counters]
         self.changes = [torch.zeros_like(values) for values, _ in self._kept]
 
+    def undo(self) -> None:
+        """Make them what they were at the start of the step."""
+        for (values, _), start in zip(self._kept, self._start, strict=True):
+            values.copy_(start)
+        for counter, before in zip(self._counters, self._counts, strict=True):
+            counter.copy_(before)
+
     def collect(self, later: int) -> None:
         """Note the change by one micro-batch, ``later`` before the last, and take it back."""
         for (values, keep), start, change in zip(

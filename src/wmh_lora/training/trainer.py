@@ -129,8 +129,7 @@ class Trainer:
         config, processes, wait = self.config, self.processes, 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.steps_done, group["peak_lr"], config)
-        statistics = RunningStatistics(self.net) if processes.count > 1 else None
-        before = [buffer.clone() for buffer in self.net.buffers()]
+        statistics, shared = RunningStatistics(self.net), processes.count > 1
         totals: dict[str, Tensor] = {}
         for part in range(processes.rank, config.accumulation, processes.count):
             started = time.perf_counter()
@@ -138,17 +137,17 @@ class Trainer:
             wait += time.perf_counter() - started
             for name, value in self._backward(batch.to(processes.device), part).items():
                 totals[name] = totals.get(name, 0.0) + value / config.accumulation
-            if statistics is not None:
+            if shared:
                 statistics.collect(config.accumulation - 1 - part)
         values = torch.stack(list(totals.values()))
         stop = torch.tensor([float(self._stop_requested)])
-        changes = [] if statistics is None else statistics.changes
+        changes = statistics.changes if shared else []
         processes.sum_gradients(self.parameters, [values, stop, *changes])
-        if statistics is not None:
+        if shared:
             statistics.finish(config.accumulation)
         self._stopping = bool(stop > 0)
         record = dict(zip(totals, values.tolist(), strict=True))
-        norm = self._update(record["loss"], before)
+        norm = self._update(record["loss"], statistics)
         self.steps_done += 1
         self.samples_seen += config.samples_per_step
         return {**record, "grad_norm": norm, "data_wait_s": wait}
@@ -168,11 +167,8 @@ class Trainer:
         self.scaler.scale(total / config.accumulation).backward()
         return {"loss": total.detach(), **loss.parts}
 
-    def _update(self, loss: float, before: Sequence[Tensor]) -> float:
-        """Change the weights, if loss and gradient are finite; returns the gradient's norm.
-
-        Otherwise running statistics become again what they were ``before``.
-        """
+    def _update(self, loss: float, statistics: RunningStatistics) -> float:
+        """Change the weights, if loss and gradient are finite; returns the gradient's norm."""
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip))
         if math.isfinite(norm) and math.isfinite(loss):
@@ -180,8 +176,7 @@ class Trainer:
             update_average(self.average, self.net, self.steps_done, self.config.ema_decay)
             self._bad_steps = 0
         else:
-            for buffer, value in zip(self.net.buffers(), before, strict=True):
-                buffer.copy_(value)
+            statistics.undo()
             self._refuse_step(loss, norm)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from wmh_lora.config import TTA_MODES, InferenceConfig, TtaMode
 from wmh_lora.engine_maps import MapProgress, ProbabilityMaps
-from wmh_lora.errors import ConfigError, DataError, GridMismatchError
+from wmh_lora.errors import ConfigError, GridMismatchError
+from wmh_lora.evaluation.masks import check_labels
 from wmh_lora.evaluation.measures import Measure, measure
 from wmh_lora.evaluation.selection import (
     Setting,
@@ -257,14 +258,8 @@ def read_reference(case: TuningCase, volume: Volume) -> NDArray[np.uint8]:
             f"{case.image} and its reference {case.reference}: {difference}; resample the "
             "reference to the grid of the image."
         )
-    data = reference.data
-    labels = np.rint(data)
-    if not (np.isin(labels, (0, 1, 2)).all() and np.allclose(data, labels, atol=1e-3)):
-        raise DataError(
-            f"The reference {case.reference} holds other values than 0 (background), 1 (white "
-            "matter hyperintensity) and 2 (other pathology); recode it."
-        )
-    return labels.astype(np.uint8)
+    check_labels(case.reference, reference.data)
+    return np.rint(reference.data).astype(np.uint8)
 
 
 def _choose(
