@@ -31,6 +31,7 @@ __all__ = [
     "GRID_TOLERANCE",
     "IMAGE_SUFFIXES",
     "Volume",
+    "corners_apart_mm",
     "find_images",
     "grid_difference",
     "image_stem",
@@ -194,12 +195,17 @@ def grid_difference(image: Volume, other: Volume) -> str | None:
     """Say how two grids differ, or None if every corner agrees within `GRID_TOLERANCE`."""
     if image.shape != other.shape:
         return f"{_sides(image)} against {_sides(other)} voxels"
-    ends = [(-0.5, n - 0.5) for n in image.shape]
-    corners = np.stack([*(axis.ravel() for axis in np.meshgrid(*ends)), np.ones(8)])
-    apart_mm = np.linalg.norm(((image.affine - other.affine) @ corners)[:3], axis=0).max()
+    apart_mm = corners_apart_mm(image, other)
     if apart_mm <= GRID_TOLERANCE * min(image.spacing_mm):
         return None
     return f"equal shapes, but they lie up to {apart_mm:.3g} mm apart"
+
+
+def corners_apart_mm(image: Volume, other: Volume) -> float:
+    """Return how far apart the most distant corners of two grids of one shape lie."""
+    ends = [(-0.5, n - 0.5) for n in image.shape]
+    corners = np.stack([*(axis.ravel() for axis in np.meshgrid(*ends)), np.ones(8)])
+    return float(np.linalg.norm(((image.affine - other.affine) @ corners)[:3], axis=0).max())
 
 
 def _sides(volume: Volume) -> str:

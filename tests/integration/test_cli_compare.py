@@ -186,6 +186,14 @@ def test_wrong_usage(
     assert "Traceback" not in result.output
 
 
+def test_settings_need_a_configuration(tmp_path: Path) -> None:
+    masks = f"other={tmp_path}"
+    words = ("--prediction", masks, "--reference", tmp_path, "--set", "training.crop=64")
+    result = _compare(*words, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "--set changes a configuration" in result.output
+
+
 def test_results_are_not_mixed_with_those_of_other_settings(
     finished: tuple[Path, Result], config_file: Path
 ) -> None:

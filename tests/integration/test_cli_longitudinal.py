@@ -109,6 +109,9 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path: Path) -> None:
         result = run(*words, "-o", out)
         assert isinstance(result.exception, kind), result.output
     assert run(*scans, "-o", out, "--masks").exit_code == 2
+    chosen = run(*scans, "-o", out, "--masks", *masks, "--threads", 1, "--threshold", 0.4)
+    assert chosen.exit_code == 2
+    assert "--threshold is for segmenting" in chosen.output
     assert not out.exists()
 
 

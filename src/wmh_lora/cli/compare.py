@@ -114,6 +114,8 @@ def compare(
         raise click.UsageError("Give a configuration, or --prediction NAME=DIR.")
     if config is None and reference is None:
         raise click.UsageError("--prediction without a configuration needs --reference DIR.")
+    if config is None and overrides:
+        raise click.UsageError("--set changes a configuration, and there is none.")
     if config is None:
         _refuse_existing(out_dir, overwrite or resume)
         collected = _Collected()

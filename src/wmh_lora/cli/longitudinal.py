@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from wmh_lora.longitudinal.study import FollowUp, Visit
 
 __all__ = ["longitudinal"]
+
+_RESOURCES = frozenset({"device", "backend", "threads", "max_memory"})
+"""Options that scripts may give to every command: they change no result."""
 
 _KINDS = ("new", "grown", "shrunk", "stable", "vanished", "not assessable", "too small")
 
@@ -98,7 +101,10 @@ class _ManyFiles(click.Command):
 )
 @inference_options
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@click.pass_context
 def longitudinal(
+    ctx: click.Context,
+    /,
     scans: tuple[Path, ...],
     out_dir: Path,
     masks: tuple[Path, ...],
@@ -126,6 +132,8 @@ def longitudinal(
         raise ConfigError(
             f"--masks needs one mask for each visit: {len(scans)} expected, {len(masks)} found."
         )
+    if masks:
+        _refuse_segmentation_options(ctx, settings.keys() - _RESOURCES)
     from wmh_lora.cli.options import Options
     from wmh_lora.longitudinal.changes import Rules
     from wmh_lora.longitudinal.study import compare_visits
@@ -194,6 +202,14 @@ def _entity(key: str, path: Path) -> str | None:
         if match:
             return match[1]
     return None
+
+
+def _refuse_segmentation_options(ctx: click.Context, names: Set[str]) -> None:
+    """Fail on options that choose how to segment where masks are given instead."""
+    for option in ctx.command.params:
+        source = ctx.get_parameter_source(option.name or "")
+        if option.name in names and source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{option.opts[0]} is for segmenting; --masks takes its place.")
 
 
 def _refuse_existing(files: Mapping[str, Path]) -> None:

@@ -54,7 +54,7 @@ def acquire(
     blurred = ndimage.gaussian_filter(painted, _blur(rng))
     axis, step_mm = _slice_plan(rng)
     count = painted.shape[axis]
-    weights = _slice_profile(rng, count, step_mm)
+    weights, first_mm = _slice_profile(rng, count, step_mm)
     image = _average(weights, blurred, axis)
     averaged = np.stack([_average(weights, m, axis) for m in masks]) if len(masks) else masks
     kept = None if keep is None else _average(weights, keep, axis) > 0.5
@@ -68,7 +68,7 @@ def acquire(
     image = _export(rng, image, kept)
     affine = np.eye(4)
     affine[axis, axis] = step_mm
-    affine[axis, 3] = weights[0] @ np.arange(count)  # where the first slice lies
+    affine[axis, 3] = first_mm - 0.5  # the first voxel's centre is at 0, its edge at -0.5
     return Acquired(image, averaged, affine)
 
 
@@ -87,8 +87,13 @@ def _slice_plan(rng: np.random.Generator) -> tuple[int, float]:
     return axis, step_mm
 
 
-def _slice_profile(rng: np.random.Generator, count: int, step_mm: float) -> FloatArray:
-    """Return (slices, count) weights: a box as thick as the slice, with a gap or none."""
+def _slice_profile(
+    rng: np.random.Generator, count: int, step_mm: float
+) -> tuple[FloatArray, float]:
+    """Return (slices, count) weights, and where the first slice's centre lies from the edge.
+
+    A slice is a box, with a gap to the next or none.
+    """
     thickness = max(1.0, step_mm * uniform(rng, 0.75, 1.0))
     first = uniform(rng, 0.0, step_mm) if step_mm > 1.0 else 0.5
     centres = np.arange(first, count, step_mm)
@@ -97,7 +102,7 @@ def _slice_profile(rng: np.random.Generator, count: int, step_mm: float) -> Floa
     edges = np.arange(count + 1)
     overlap = np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1])
     weights = np.maximum(overlap, 0.0)
-    return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float32)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float32), first
 
 
 def _average(weights: FloatArray, array: FloatArray, axis: int) -> FloatArray:

@@ -8,9 +8,9 @@ mixes scans while each scan is made once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -280,35 +280,40 @@ class TrainingStream:
     @cached_property
     def _anatomies(self) -> list[Path]:
         """Registered whole heads, as files: workers load the one that they need."""
-        if not self._label_maps:
-            return []
-        cache = Path(self.config.cache)
-        cache.mkdir(parents=True, exist_ok=True)
-        files = []
-        for source in self._label_maps:
-            target = cache / (source.name.split(".")[0] + ".npz")
-            if not target.exists():
-                head_anatomy(source).save(target)
-            files.append(target)
-        return files
+        kept = (
+            self._kept(source.name.split(".")[0], [source], partial(head_anatomy, source))
+            for source in self._label_maps
+        )
+        return [path for path in kept if path is not None]
 
     @cached_property
     def _real_anatomies(self) -> dict[Path, Path]:
         """Files of what real scans show, by scan, of those that lesions can be painted into."""
-        cache = Path(self.config.cache)
-        cache.mkdir(parents=True, exist_ok=True)
         kept = {}
         for files in self._real_files:
-            contents = [file_sha256(path) for path in (files.image, *dict(files.masks).values())]
-            key = hashlib.sha256("".join(contents).encode()).hexdigest()
-            target = cache / f"scan-{key[:16]}.npz"
-            if not target.exists():
-                anatomy = real_anatomy(read_masks(files.image, files.masks))
-                if anatomy is None:
-                    continue
-                anatomy.save(target)
-            kept[files.image] = target
+            contents = (files.image, *dict(files.masks).values())
+            path = self._kept("scan", contents, partial(_read_real_anatomy, files))
+            if path is not None:
+                kept[files.image] = path
         return kept
+
+    def _kept(
+        self,
+        name: str,
+        contents: Iterable[Path],
+        make: Callable[[], Anatomy | RealAnatomy | None],
+    ) -> Path | None:
+        """Return the file of an anatomy in the cache, made if these contents were not seen yet."""
+        digests = "".join(file_sha256(path) for path in contents)
+        key = hashlib.sha256(digests.encode()).hexdigest()
+        target = Path(self.config.cache, f"{name}-{key[:16]}.npz")
+        if not target.exists():
+            anatomy = make()
+            if anatomy is None:
+                return None
+            target.parent.mkdir(parents=True, exist_ok=True)
+            anatomy.save(target)
+        return target
 
     @cached_property
     def _bank(self) -> MaskBank | None:
@@ -336,6 +341,10 @@ class TrainingStream:
             for root in map(self.config.path, self.config.real)
             for image in bids_images(root)
         ]
+
+
+def _read_real_anatomy(files: _Files) -> RealAnatomy | None:
+    return real_anatomy(read_masks(files.image, files.masks))
 
 
 def _shown_t1(t1: Volume, prepared: Prepared, flair: Volume, *, real: bool) -> FloatArray | None:

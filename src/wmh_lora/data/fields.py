@@ -47,6 +47,16 @@ def upsample(field: FloatArray, shape: tuple[int, int, int]) -> FloatArray:
     return np.ascontiguousarray(field, dtype=np.float32)
 
 
+def fill_between(field: FloatArray, shape: tuple[int, int, int]) -> FloatArray:
+    """Interpolate ``array[::2, ::2, ::2]`` back to the array's ``shape``, each voxel in its place.
+
+    An even axis ends half a step behind its last known voxel, whose value is repeated there.
+    """
+    x, y, z = (2 * n - 1 for n in field.shape)
+    ends = [(0, whole - known) for whole, known in zip(shape, (x, y, z))]
+    return np.pad(upsample(field, (x, y, z)), ends, mode="edge")
+
+
 def uniform(rng: np.random.Generator, low: float, high: float) -> float:
     """Draw one number."""
     return float(rng.uniform(low, high))

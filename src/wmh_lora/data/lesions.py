@@ -18,7 +18,14 @@ from nibabel.affines import apply_affine
 from scipy import ndimage
 
 from wmh_lora.data.anatomy import Tissue
-from wmh_lora.data.fields import FloatArray, log_uniform, smooth_field, uniform, upsample
+from wmh_lora.data.fields import (
+    FloatArray,
+    fill_between,
+    log_uniform,
+    smooth_field,
+    uniform,
+    upsample,
+)
 from wmh_lora.errors import DataError
 
 LabelArray = npt.NDArray[np.uint8]
@@ -113,7 +120,7 @@ def ventricle_distance(tissue: LabelArray) -> FloatArray:
         return np.full(tissue.shape, 100.0, dtype=np.float32)
     distance = 2.0 * ndimage.distance_transform_edt(~coarse).astype(np.float32)
     x, y, z = tissue.shape
-    return upsample(distance, (x, y, z))
+    return fill_between(distance, (x, y, z))
 
 
 def periventricular(

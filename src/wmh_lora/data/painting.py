@@ -16,6 +16,7 @@ from scipy import ndimage
 from wmh_lora.data.anatomy import Tissue
 from wmh_lora.data.fields import (
     FloatArray,
+    fill_between,
     log_uniform,
     smooth_field,
     tissue_variation,
@@ -261,7 +262,7 @@ def _scalp_fat(rng: np.random.Generator, image: FloatArray, tissue: LabelArray) 
     coarse = np.pad(tissue[::2, ::2, ::2] != Tissue.AIR, ((1, 1), (1, 1), (0, 0)))
     # from the border of voxels of 2 mm, which is where the distance to the next one is 1 mm
     coarse_mm = 2.0 * ndimage.distance_transform_edt(coarse)[1:-1, 1:-1] - 1.0
-    depth_mm = upsample(coarse_mm.astype(np.float32), shape)
+    depth_mm = fill_between(coarse_mm.astype(np.float32), shape)
     thick_mm = uniform(rng, 2.0, 9.0) * np.exp(0.3 * smooth_field(rng, shape, 30.0))
     first_mm = uniform(rng, 0.0, 2.0)
     fat = np.isin(tissue, (Tissue.SKIN, Tissue.SOFT))

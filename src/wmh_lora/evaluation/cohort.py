@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from wmh_lora.evaluation.masks import check_labels
 from wmh_lora.evaluation.metrics import ChallengeMetrics, evaluate
 from wmh_lora.files import read_tsv
 from wmh_lora.logs import collect_warnings
-from wmh_lora.volume import Volume
+from wmh_lora.volume import Volume, corners_apart_mm
 
 __all__ = [
     "Case",
@@ -314,11 +313,9 @@ def _grid_note(reference: Volume, prediction: Volume) -> str:
     difference = np.abs(reference.affine - prediction.affine)
     if difference.max() <= AFFINE_TOLERANCE:
         return ""
-    corners = np.array([*product(*((0, n - 1) for n in reference.shape), (1,))], dtype=np.float64)
-    apart = corners @ (reference.affine - prediction.affine).T
-    offset_mm = float(np.linalg.norm(apart[:, :3], axis=1).max())
+    apart_mm = corners_apart_mm(reference, prediction)
     return (
-        f"affines differ by up to {difference.max():.3g}; equal voxels lie up to {offset_mm:.3g} "
+        f"affines differ by up to {difference.max():.3g}; equal voxels lie up to {apart_mm:.3g} "
         "mm apart"
     )
 

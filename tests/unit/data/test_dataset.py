@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from wmh_lora.config import PreprocessConfig
+from wmh_lora.data.anatomy import Anatomy
 from wmh_lora.data.augment import augment_crop, augment_scan
 from wmh_lora.data.dataset import DataConfig, TrainingStream, build_stream
 from wmh_lora.data.synthesis import Case
@@ -148,6 +149,29 @@ def test_synthetic_scans_come_with_a_t1_where_one_is_asked_for() -> None:
     alone = TrainingStream(config, 7, 64, shape, STRUCTURES).item(0)
     assert alone.t1 is None
     np.testing.assert_array_equal(alone.target, sample.target)
+
+
+def test_a_label_map_is_registered_once_and_again_where_its_contents_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def register(path: Path) -> Anatomy:
+        read.append(path)
+        return Anatomy(
+            "head", np.zeros((4, 4, 4), np.uint8), np.zeros((3, 2, 2, 2), np.float32), True
+        )
+
+    monkeypatch.setattr("wmh_lora.data.dataset.head_anatomy", register)
+    source = tmp_path / "maps" / "head.nii.gz"
+    source.parent.mkdir()
+    cache = tmp_path / "cache"
+    config = DataConfig(root=str(tmp_path), labelmaps="maps", cache=str(cache))
+    for contents in (b"one", b"one", b"another"):
+        source.write_bytes(contents)
+        TrainingStream(config, 0, 0, PreprocessConfig(), STRUCTURES).prepare()
+    assert read == [source, source]
+    assert len(list(cache.glob("head-*.npz"))) == 2
 
 
 def test_lanes_change_scans_at_different_times() -> None:

@@ -218,6 +218,29 @@ def test_slices_average_what_they_cover() -> None:
         assert volume == pytest.approx(masks.sum(), rel=0.35)
 
 
+def test_slices_lie_where_their_affine_says() -> None:
+    x, y, z = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in (60, 64, 70)), indexing="ij")
+    centre_mm = np.array([28.0, 33.0, 36.0])
+    away = (x - centre_mm[0]) ** 2 + (y - centre_mm[1]) ** 2 + (z - centre_mm[2]) ** 2
+    blob = np.exp(-away / (2 * 8.0**2))[None]  # wide, so that no step between slices misses it
+    for seed in range(30):
+        scan = acquire(np.random.default_rng(seed), np.ones_like(x), blob, None)
+        voxels = ndimage.center_of_mass(scan.masks[0])
+        found_mm = nib.affines.apply_affine(scan.affine, voxels)
+        assert np.abs(found_mm - centre_mm).max() < 0.2, seed
+
+
+@pytest.mark.parametrize("length", [200, 201])
+def test_the_distance_to_the_ventricles_is_right_to_the_end(length: int) -> None:
+    tissue = np.full((length, 8, 8), Tissue.WHITE_MATTER, dtype=np.uint8)
+    tissue[20:22] = tissue[170:172] = Tissue.VENTRICLE
+    distance_mm = ventricle_distance(tissue)[:, 4, 4]
+    voxel = np.arange(length)
+    before, behind = slice(100, 171), slice(172, length)
+    np.testing.assert_allclose(distance_mm[before], 170 - voxel[before], atol=1e-3)
+    assert np.abs(distance_mm[behind] - (voxel[behind] - 171)).max() < 1.01  # a voxel of 2 mm
+
+
 def test_interpolated_slices_lie_between_the_acquired_ones() -> None:
     ramp = np.arange(5, dtype=np.float32)[None, None, :] * np.ones((2, 2, 1), dtype=np.float32)
     finer = _interpolate(ramp, np.arange(0.0, 4.0 + 1e-6, 0.5), 2)
