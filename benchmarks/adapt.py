@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import kept_result, machine, markdown_table, write_study
+from benchmarks.harness import kept_result, machine, markdown_table, scan_identity, write_study
 from wmh_lora import __version__
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.evaluation.metrics import dice, evaluate
@@ -81,7 +81,9 @@ class Study:
         """What a kept result must agree with."""
         return {
             "model_sha256": file_sha256(self.model),
-            "scans": [file_sha256(case.image) for case in self.cases],
+            "base_sha256": "" if self.base_weights is None else file_sha256(self.base_weights),
+            "scans": scan_identity(self.cases),
+            "ventricles": [file_sha256(path) for path in map(_ventricles, self.cases) if path],
             "minutes": self.minutes,
             "seed": self.seed,
             "package_version": __version__,
@@ -193,14 +195,19 @@ def _score(model: Model, cases: Sequence[TuningCase], **settings: Any) -> list[d
         reference = read_reference(case, result.volume)
         measures = evaluate(reference, result.mask, result.volume.spacing_mm)
         row = {"scan": case.name, "dice": measures.dice, "lesion_f1": measures.lesion_f1}
-        assert case.reference is not None
-        labels = case.reference.with_name(case.reference.name.replace("label-WMH", _VENTRICLES))
-        if _VENTRICLES in labels.name and labels.is_file():
+        if labels := _ventricles(case):
             known = Volume.read(labels, allow_constant=True).data > 0
             found = result.structure_masks.get("ventricles")
             row["ventricles_dice"] = None if found is None else dice(known, found > 0)
         scores.append(row)
     return scores
+
+
+def _ventricles(case: TuningCase) -> Path | None:
+    """Mask of the ventricles beside that of the lesions, if there is one."""
+    assert case.reference is not None
+    path = case.reference.with_name(case.reference.name.replace("label-WMH", _VENTRICLES))
+    return path if _VENTRICLES in path.name and path.is_file() else None
 
 
 # --- the text ---------------------------------------------------------------------------------

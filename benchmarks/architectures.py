@@ -1,6 +1,7 @@
 """Kinds of network, each trained from the start for the same time on synthetic scans alone.
 
     python tools/build_synthetic_scans.py compact-synthetic -o SYNTHETIC --seed 5000
+        --set data.root=PATH
     python -m benchmarks.architectures --synthetic SYNTHETIC [--data FOLDER] [--steps 600]
 
 The first network is the packaged one and gets ``--steps`` steps; of the others, each gets as many
@@ -17,6 +18,8 @@ kept.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,17 +37,24 @@ from benchmarks.harness import (
     kept_result,
     machine,
     markdown_table,
+    scan_identity,
     time_in_turns,
     write_study,
 )
 from benchmarks.training import training_step
 from wmh_lora import __version__
+from wmh_lora.config_reading import from_dict
+from wmh_lora.data.dataset import TrainingStream
+from wmh_lora.data.sources import DataConfig
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.evaluation.selection import mean_interval
 from wmh_lora.evaluation.sweep import THRESHOLDS, sweep
+from wmh_lora.files import file_sha256
 from wmh_lora.models.allocator import keep_freed_memory
+from wmh_lora.models.encoders import encoder_spec
 from wmh_lora.models.registry import load_model
-from wmh_lora.training.settings import read_run_config
+from wmh_lora.models.weights import resolve_base_weights
+from wmh_lora.training.settings import RunConfig, read_run_config
 from wmh_lora.training.tune import read_reference
 from wmh_lora.training.tune_cases import TuningCase, cases_of_folders
 from wmh_lora.volume import Volume
@@ -144,19 +154,33 @@ class _Study:
         return steps_in_equal_time(time_in_turns(contestants, _TURNS), self.first_steps)
 
     def _kept(self, name: str, steps: int) -> dict[str, Any]:
-        run = self.work / name.replace(",", "").replace(" ", "-")
+        file_name = name.replace(",", "").replace(" ", "-")
+        sources = _sources(read_run_config(*self._config(name, steps)))
+        training = {**_identity(name, steps), **sources}
+        # an interrupted run is resumed, but not one of other settings or sources
+        digest = hashlib.sha256(json.dumps(training).encode()).hexdigest()
+        run = self.work / f"{file_name}-{digest[:8]}"
+        tests = {
+            "scans": scan_identity((*self.cohort, self.other, *self.synthetic)),
+            "healthy_sha256": file_sha256(self.healthy),
+        }
         result: dict[str, Any] = kept_result(
-            run.with_name(f"{run.name}.json"),
-            {**_identity(name, steps), "synthetic": [case.name for case in self.synthetic]},
+            self.work / f"{file_name}.json",
+            {**training, **tests},
             partial(self._result, name, steps, run),
         )
         sys.stderr.write(f"{name}: {steps} steps\n")
         return result
 
-    def _result(self, name: str, steps: int, run: Path) -> dict[str, Any]:
-        command = [sys.executable, "-m", "wmh_lora", "train", ARCHITECTURES[name].config]
+    def _config(self, name: str, steps: int) -> tuple[str, list[str]]:
+        """Name of a configuration, and KEY=VALUE of what is changed of it."""
         places = [f"data.root={self.root}", f"data.cache={self.cache}"]
-        for override in (*ARCHITECTURES[name].overrides(steps), *places):
+        return ARCHITECTURES[name].config, [*ARCHITECTURES[name].overrides(steps), *places]
+
+    def _result(self, name: str, steps: int, run: Path) -> dict[str, Any]:
+        config, overrides = self._config(name, steps)
+        command = [sys.executable, "-m", "wmh_lora", "train", config]
+        for override in overrides:
             command += ["--set", override]
         if run.is_dir():
             command.append("--resume")
@@ -180,6 +204,20 @@ def _identity(name: str, steps: int) -> dict[str, Any]:
         "package_version": __version__,
         "config": architecture.config,
         "overrides": architecture.overrides(steps),
+    }
+
+
+def _sources(config: RunConfig) -> dict[str, Any]:
+    """Checksums of what a network is trained from."""
+    encoder, structures = config.model.encoder, config.model.structures
+    data = from_dict(DataConfig, config.data)
+    stream = TrainingStream(
+        data, config.training.seed, config.training.crop, config.preprocess, structures
+    )
+    has_base = encoder_spec(encoder).load is not None
+    return {
+        "sources": [file_sha256(path) for path in stream.files()],
+        "base_sha256": file_sha256(resolve_base_weights(encoder)) if has_base else "",
     }
 
 
@@ -348,7 +386,8 @@ def main(arguments: list[str] | None = None) -> None:
     text = study_text(
         study.results(),
         command=(
-            "python tools/build_synthetic_scans.py compact-synthetic -o SYNTHETIC --seed 5000\n    "
+            "python tools/build_synthetic_scans.py compact-synthetic -o SYNTHETIC --seed 5000 "
+            "--set data.root=PATH\n    "
             f"python -m benchmarks.architectures --synthetic SYNTHETIC --steps {options.steps}"
         ),
         computer=machine(),

@@ -4,8 +4,9 @@
 
 Prints, as JSON, millilitres of false voxels a scan by where they lie: around a marked lesion (drawn
 too wide), within 6 mm of the ventricles (normal caps, mostly), near the brain's surface or outside
-it (cortex, scalp), and elsewhere. ``--data`` is a BIDS folder with masks of lesions, ventricles and
-brain; scans that lack one are left out.
+it (cortex, scalp), and elsewhere. What readers mark as other pathology (label 2) counts neither as
+marked nor as false. ``--data`` is a BIDS folder with masks of lesions, ventricles and brain; scans
+that lack one are left out.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from wmh_lora.data.dataset import bids_images, bids_masks
+from wmh_lora.data.sources import read_masks
+from wmh_lora.data.synthesis import IGNORED
 from wmh_lora.engine import WMHInferenceEngine, load_model
 from wmh_lora.files import image_stem
-from wmh_lora.volume import Volume
 
 NEEDED = ("wmh", "ventricles", "brain")
 PLACES = ("around a lesion", "near the ventricles", "at the surface", "elsewhere")
@@ -48,10 +50,11 @@ def main(arguments: list[str] | None = None) -> None:
         paths = dict(bids_masks(options.data, image))
         if not paths.keys() >= set(NEEDED):
             continue
-        lesion, ventricles, brain = (Volume.read(paths[name]).data > 0 for name in NEEDED)
+        masks = read_masks(image, paths.items()).masks
+        lesion, ventricles, brain = (masks[name] > 0 for name in NEEDED)
         result = engine.segment(image)
         voxel_ml = result.volume.voxel_volume_ml
-        false = (result.mask > 0) & ~lesion
+        false = (result.mask > 0) & ~lesion & (masks[IGNORED] == 0)
         places = divide(false, lesion, ventricles, brain, result.volume.spacing_mm)
         counts = [lesion.sum(), result.volume_ml / voxel_ml, *(part.sum() for part in places)]
         scans[image_stem(image)] = {

@@ -13,17 +13,20 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from wmh_lora.files import open_atomic
+from wmh_lora.files import file_sha256, open_atomic
+
+if TYPE_CHECKING:
+    from wmh_lora.training.tune_cases import TuningCase
 
 __all__ = [
     "Timings",
@@ -36,6 +39,7 @@ __all__ = [
     "publish",
     "report_peak_memory",
     "result_of_process",
+    "scan_identity",
     "time_in_turns",
     "write_study",
 ]
@@ -96,7 +100,7 @@ def kept_result(path: Path, identity: Mapping[str, Any], compute: Callable[[], A
     path : Path
         The file.
     identity : mapping
-        What the result depends on; a file of another identity is replaced.
+        What the result depends on, as JSON holds it; a file of another identity is replaced.
     compute : callable
         Makes the result, which JSON can hold.
     """
@@ -109,6 +113,14 @@ def kept_result(path: Path, identity: Mapping[str, Any], compute: Callable[[], A
     with open_atomic(path, overwrite=True) as stream:
         stream.write(text.encode())
     return result
+
+
+def scan_identity(cases: Iterable[TuningCase]) -> list[list[str]]:
+    """Name scans with the checksums of image and reference, for the identity of `kept_result`."""
+    return [
+        [case.name, file_sha256(case.image), file_sha256(case.reference) if case.reference else ""]
+        for case in cases
+    ]
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import kept_result, machine, markdown_table, write_study
+from benchmarks.harness import kept_result, machine, markdown_table, scan_identity, write_study
+from wmh_lora import __version__
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.evaluation.metrics import dice
 from wmh_lora.evaluation.selection import mean_interval
@@ -183,15 +184,23 @@ class _Study:
             "seconds": seconds,
         }
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a kept result must agree with."""
+        return {
+            "model_sha256": file_sha256(self.model),
+            "base_sha256": "" if self.base_weights is None else file_sha256(self.base_weights),
+            "scans": scan_identity((*self.cases, self.other)),
+            "healthy_sha256": file_sha256(self.healthy),
+            "minutes": self.minutes,
+            "seed": self.seed,
+            "package_version": __version__,
+        }
+
     def results(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Compute what is missing of both comparisons."""
         self.work.mkdir(parents=True, exist_ok=True)
-        identity = {
-            "model_sha256": file_sha256(self.model),
-            "scans": [file_sha256(case.image) for case in (*self.cases, self.other)],
-            "minutes": self.minutes,
-            "seed": self.seed,
-        }
+        identity = self.identity
         kept: dict[str, dict[str, dict[str, Any]]] = {"looking": {}, "learning": {}}
         parts = [("looking", name, self.looking) for name in LOOKING]
         parts += [("learning", name, self.learning) for name in LEARNING]

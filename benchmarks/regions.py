@@ -54,9 +54,8 @@ def row(result: Segmentation, folder: Path, path: Path) -> dict[str, str]:
     for gap_mm in GAPS_MM:
         split = locate_lesions(result.mask, affine, masks, contact_gap_mm=gap_mm)
         values[f"share_contact_{gap_mm:g}mm"] = share(split.component_contact)
-    if regions.fazekas is not None:
-        values["fazekas_periventricular"] = regions.fazekas.periventricular
-        values["fazekas_deep"] = regions.fazekas.deep
+    for part in ("periventricular", "deep"):  # no grades without ventricles
+        values[f"fazekas_{part}"] = getattr(regions.fazekas, part, float("nan"))
     subject = path.relative_to(folder).parts[-3]
     manual = path.parents[2] / "derivatives" / "manual" / subject / "anat"
     brain = find_brain(masks, affine).mask

@@ -4,10 +4,11 @@
     python -m benchmarks.training --memory-of litemedsam [--batch-size N]
 
 The same steps in turns: ``trainer`` takes its samples from two loader workers, as `wmh-lora train`
-does, and keeps records; ``bare`` is forward, loss and backward on samples that lie ready, and
-``optimiser`` adds clipping and AdamW. ``trainer`` should take at most 1.10 times as long as
-``bare``. Loader workers need cores of their own: on a machine with fewer than ``workers + 1`` free
-ones the ratios tell the cost of making the samples as well, and the output says so. Prints JSON.
+does; ``bare`` is forward, loss and backward on samples that lie ready, and ``optimiser`` adds
+clipping and AdamW. Records and checkpoints, which training writes now and then, are left out.
+``trainer`` should take at most 1.10 times as long as ``bare``. Loader workers need cores of their
+own: on a machine with fewer than ``workers + 1`` free ones the ratios tell the cost of making the
+samples as well, and the output says so. Prints JSON.
 
 ``--memory-of`` prints the resident memory of one micro-batch of a configuration instead: forward,
 backward and optimiser on the CPU, in its precision, on random weights.

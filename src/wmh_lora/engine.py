@@ -45,6 +45,7 @@ from wmh_lora.engine_views import (
 )
 from wmh_lora.errors import ConfigError
 from wmh_lora.logs import collect_warnings
+from wmh_lora.models.export_runtime import ExportedNetwork
 from wmh_lora.models.registry import Model, load_model
 from wmh_lora.postprocess import apply_threshold, remove_small_components
 from wmh_lora.preprocess import Prepared, context_stack, preprocess
@@ -187,7 +188,8 @@ class WMHInferenceEngine:
             preprocess_config, self._inference = card.preprocess, card.inference
             structures, self._encoder = card.model.structures, card.model.encoder
             self._in_channels = card.model.in_channels
-            self._t1_channels = card.model.t1_channels
+            exported = isinstance(net, ExportedNetwork)
+            self._t1_channels = 0 if exported else card.model.t1_channels
         else:
             net = model
             self.model_description = {"name": type(model).__name__}
@@ -463,6 +465,8 @@ class WMHInferenceEngine:
         maps = see(slices, prepared.shows_head)
         if looks.count > 1:
             maps = average_looks(slices, prepared, maps, see, looks, evidence_only=config.adaptive)
+        if steps is not None:
+            steps.finish()
         pixel_mm = prepared.config.pixel_size_mm
         maps = within_brain(maps, pixel_mm)
         maps = below_skull(maps, prepared)

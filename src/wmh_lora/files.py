@@ -26,7 +26,9 @@ __all__ = [
     "image_stem",
     "image_suffix",
     "images_below",
+    "is_folder",
     "open_atomic",
+    "printable",
     "read_tsv",
     "write_failure",
 ]
@@ -103,8 +105,27 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        found.extend(_images_to_segment(path) if path.is_dir() else [path])
+        found.extend(_images_to_segment(path) if is_folder(path) else [path])
     return list(dict.fromkeys(found))
+
+
+def printable(name: str) -> str:
+    r"""Write a file name so that it can be encoded: what is no UTF-8 in it as escapes.
+
+    Examples
+    --------
+    >>> printable("M\udcfcller.nii")
+    'M\\udcfcller.nii'
+    """
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def is_folder(path: Path) -> bool:
+    """Say whether a path leads to a folder; where the file system refuses to tell, to none."""
+    try:
+        return path.is_dir()
+    except OSError:  # no permission, or too long a name
+        return False
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -142,13 +163,10 @@ def open_atomic(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
         The target exists, or the file system refuses (no space, no permission, no folder).
     """
     target = Path(path)
-    if target.is_dir():
+    if is_folder(target):
         raise DataError(f"Cannot write {target}: it is a folder; choose another name.")
     if not overwrite and os.path.lexists(target):
-        raise DataError(
-            f"{target} exists already and is left as it is; add --overwrite to replace it, "
-            "or choose another output folder."
-        )
+        raise _exists(target)
     temporary = target.with_name(f".wmh-lora-{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("xb") as stream:
@@ -156,12 +174,34 @@ def open_atomic(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
             # Network file systems report a full disk or a quota only when data are forced out.
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(target)
+        if overwrite or not _linked(temporary, target):
+            temporary.replace(target)
     except OSError as error:
         raise DataError(f"Cannot write {target}: {write_failure(target, error)}.") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _linked(temporary: Path, target: Path) -> bool:
+    """Give a file its name as well, unless another process has taken that in the meantime.
+
+    False where the file system has no links.
+    """
+    try:
+        os.link(temporary, target)
+    except FileExistsError as error:
+        raise _exists(target) from error
+    except OSError:
+        return False
+    return True
+
+
+def _exists(target: Path) -> DataError:
+    return DataError(
+        f"{target} exists already and is left as it is; add --overwrite to replace it, "
+        "or choose another output folder."
+    )
 
 
 def _bare_name(path: Path) -> str:

@@ -96,10 +96,14 @@ def apply_threshold(probability: NDArray[Any], threshold: float) -> NDArray[np.u
             f"The threshold must lie between 0 and 1, found {threshold}; "
             "lower values find more and paler lesions."
         )
-    # compared in the map's own precision, so that 0.6 in float32 counts as 0.6
-    level = np.asarray(threshold, dtype=probability.dtype)
-    marked: NDArray[np.bool_] = np.asarray(probability >= level)
+    marked: NDArray[np.bool_] = np.asarray(probability >= _level(threshold, probability))
     return marked.view(np.uint8)  # the same bytes: a copy of a large scan's mask counts
+
+
+def _level(value: float, probability: NDArray[Any]) -> NDArray[Any]:
+    """Round a limit as the map is rounded, so that 0.6 in float32 counts as 0.6."""
+    floating = np.issubdtype(probability.dtype, np.floating)
+    return np.asarray(value, dtype=probability.dtype if floating else np.float64)
 
 
 def lesion_mask(
@@ -204,8 +208,8 @@ def _keep_components(
     keep = np.bincount(labels[foreground], minlength=count + 1) >= min_voxels
     if probability is not None and min_peak > 0:
         reached = np.zeros_like(keep)
-        level = np.asarray(min_peak, dtype=probability.dtype)
-        reached[np.unique(labels[foreground & (probability >= level)])] = True
+        high = probability >= _level(min_peak, probability)
+        reached[np.unique(labels[foreground & high])] = True
         keep &= reached
     keep[0] = False
     return np.asarray(keep[labels], dtype=np.uint8)

@@ -35,6 +35,7 @@ _PEAK_SHARE = {1: 1.0, 2: 0.6}  # of the highest peak of a histogram, for a dark
 _CORE_HEIGHT_MM = 110.0
 _CORE_MINIMUM_ML = 20.0
 _FLOOR_PERCENTILE = 1.0
+_LEAST_CONTRAST = 1e-4  # of the values themselves; float32 tells 256 levels apart in a third of it
 
 
 def find_background(scan: FloatArray) -> BoolArray:
@@ -187,26 +188,33 @@ def smooth_histogram(
 
     Where the percentiles are equal there are no counts, and they are the edges.
     """
-    low, high = np.percentile(values, [0.5, 99.5])
+    low, high = _contrast_range(values)
     if not high > low:
         return np.zeros(0), np.array([low, high])
-    counts, edges = np.histogram(values, bins=128, range=(float(low), float(high)))
+    counts, edges = np.histogram(values, bins=128, range=(low, high))
     return ndimage.gaussian_filter1d(counts.astype(np.float64), 3.0, mode="constant"), edges
 
 
 def _otsu(values: FloatArray) -> float:
     """Return the level that best separates two classes (largest between-class variance)."""
-    low, high = np.percentile(values, [0.5, 99.5])
+    low, high = _contrast_range(values)
     if not high > low:
-        return float(low)
-    counts, edges = np.histogram(values, bins=256, range=(float(low), float(high)))
+        return low
+    counts, edges = np.histogram(values, bins=256, range=(low, high))
     centres = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts).astype(np.float64)
     above = below[-1] - below
     sums = np.cumsum(counts * centres)
     with np.errstate(divide="ignore", invalid="ignore"):
         variance = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    return float(edges[1:][np.nanargmax(variance[:-1])])
+    return float(edges[1:][np.nanargmax(variance[:-1])]) if np.isfinite(variance).any() else low
+
+
+def _contrast_range(values: FloatArray) -> tuple[float, float]:
+    """Return the percentiles 0.5 and 99.5; the first twice, if float32 tells no levels between."""
+    low, high = (float(value) for value in np.percentile(values, [0.5, 99.5]))
+    told_apart = high - low > _LEAST_CONTRAST * max(abs(low), abs(high))
+    return (low, high) if told_apart else (low, low)
 
 
 def shows_head(view: View, head: BoolArray, spacing_mm: tuple[float, float, float]) -> BoolArray:

@@ -152,6 +152,7 @@ def measure_scan(volume: Volume) -> ScanMeasures:
     tissue = tissue if tissue.size else core
     air = float(np.percentile(coarse[~inside], 10)) if not inside.all() else floor
     noise, sharpness, ghosting = _measure_slices(head)
+    voxels = float(np.prod(np.divide(spacing, view.spacing_mm)))  # of the scan in a coarse one
     return ScanMeasures(
         noise=noise,
         sharpness=sharpness,
@@ -164,7 +165,7 @@ def measure_scan(volume: Volume) -> ScanMeasures:
         brightest=float(np.percentile(scaled[inside], 99.9)),
         air_depth=(floor - air) * gain,
         missing_share=_missing_share(head),
-        head_ml=int(inside.sum()) * float(np.prod(spacing)) / 1000.0,
+        head_ml=int(inside.sum()) * voxels * volume.voxel_volume_ml,
         fluid=floor,
         white_matter=white_matter,
         air=air,

@@ -75,8 +75,8 @@ def require_t1_channels(model_name: str | None, t1_channels: int) -> None:
     """Raise ConfigError unless a model takes a T1."""
     if not t1_channels:
         raise ConfigError(
-            f"The model {model_name} takes FLAIR alone: leave the T1 out, or name a model that was "
-            "trained with T1 (model.t1_channels)."
+            f"The model {model_name} takes FLAIR alone, as all exported ones do: leave the T1 out, "
+            "or name a model that was trained with T1 (model.t1_channels)."
         )
 
 

@@ -270,10 +270,9 @@ def write_nifti(
 
 def _read_any(path: Path) -> RawImage:
     """Choose the reader by the name's ending."""
-    suffix = _readable_suffix(path)
-    read = {".nrrd": read_nrrd, ".mgz": read_mgh, ".mgh": read_mgh}.get(suffix, read_nifti)
+    readers = {".nrrd": read_nrrd, ".mgz": read_mgh, ".mgh": read_mgh}
     with _errors_in_a_sentence(path):
-        return read(path)
+        return readers.get(_readable_suffix(path), read_nifti)(path)
 
 
 @contextmanager
@@ -350,6 +349,7 @@ def _output_header(dtype: np.dtype[Any], like: Volume) -> Nifti1Header:
         if field in header.structarr.dtype.names:
             header[field] = value
     header["cal_max"] = 1.0  # masks and probabilities alike
+    header["magic"] = header.single_magic  # of a pair of files as well, if `like` was one
     header["vox_offset"] = header.single_vox_offset
     return header
 

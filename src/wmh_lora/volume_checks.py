@@ -88,9 +88,10 @@ def check_shape(path: Path, shape: Sequence[int]) -> tuple[int, int, int]:
             "needed; choose a frame, for example with `fslroi IN OUT 0 1`."
         )
     if max(sides) > MAX_SIDE_VOXELS or math.prod(sides) > MAX_VOXELS:
+        most = f"{MAX_VOXELS:,}" if max(sides) <= MAX_SIDE_VOXELS else f"{MAX_SIDE_VOXELS:,} a side"
         raise UnreadableImageError(
-            f"{path} announces {text} voxels, more than the {MAX_VOXELS:,} that can be read; the "
-            "header is probably damaged: export the image again, or resample it."
+            f"{path} announces {text} voxels, more than the {most} that can be read; the header is "
+            "probably damaged: export the image again, or resample it."
         )
     smallest, middle, _ = sorted(sides[:3])
     if smallest < MIN_SLICES or middle < MIN_IN_PLANE_VOXELS:

@@ -49,7 +49,8 @@ def take_image(image: SpatialImage) -> RawImage:
         If it is no 3-D scalar image, or has no plausible geometry.
     """
     name = image_name(image)
-    dtype = image.get_data_dtype()
+    # voxels in memory may be of another type than the header says
+    dtype = getattr(image.dataobj, "dtype", image.get_data_dtype())
     if dtype.kind not in "biuf":
         kind = "complex" if dtype.kind == "c" else "colour or other structured"
         raise UnreadableImageError(

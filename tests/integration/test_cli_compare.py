@@ -186,6 +186,21 @@ def test_wrong_usage(
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("configured", [True, False])
+def test_an_unknown_method_is_told_before_any_mask_is_scored(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, configured: bool
+) -> None:
+    monkeypatch.setattr("wmh_lora.evaluation.cohort.pair_folders", None)  # nobody may call it
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    words: list[object] = ["--prediction", f"other={masks}", "--against", "unknown"]
+    words += [config_file] if configured else ["--reference", masks]
+    result = _compare(*words, "-o", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert "There is no method 'unknown' to compare with" in result.output
+    assert "other." in result.output
+
+
 def test_settings_need_a_configuration(tmp_path: Path) -> None:
     masks = f"other={tmp_path}"
     words = ("--prediction", masks, "--reference", tmp_path, "--set", "training.crop=64")

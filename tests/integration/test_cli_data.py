@@ -14,7 +14,7 @@ from tests.phantoms import head
 from wmh_lora.cli.main import cli
 from wmh_lora.data.manifest import read_manifest
 from wmh_lora.data.split import read_split
-from wmh_lora.volume import write_nifti
+from wmh_lora.volume import Volume, write_nifti
 
 
 def run(*arguments: object) -> Result:
@@ -76,6 +76,23 @@ def test_scans_that_cannot_be_used_are_told_and_kept(tmp_path: Path) -> None:
     assert "1 mask without an image: c_mask.nii.gz" in result.stdout
     usable = [s["usable"] for s in json.loads((tmp_path / "m.json").read_text())["scans"]]
     assert usable == [True, False]
+
+
+def test_a_t1_that_cannot_be_used_does_not_count(tmp_path: Path) -> None:
+    volume, mask = head()
+    elsewhere = volume.affine.copy()
+    elsewhere[0, 3] += 500.0
+    for name, affine in (("a", volume.affine), ("b", elsewhere)):
+        write_nifti(tmp_path / f"{name}_FLAIR.nii.gz", volume.data, volume)
+        write_nifti(tmp_path / f"{name}_mask.nii.gz", mask, volume)
+        write_nifti(tmp_path / f"{name}_T1.nii.gz", volume.data, Volume(volume.data, affine))
+    result = run("prepare", tmp_path, "-o", tmp_path / "m.json")
+    assert result.exit_code == 0, result.output
+    head_line, row = (line.split("  ") for line in result.stdout.splitlines()[1:3])
+    columns = [cell.strip() for cell in head_line if cell.strip()]
+    counts = [cell.strip() for cell in row if cell.strip()]
+    assert dict(zip(columns, counts))["with T1"] == "1"
+    assert "t1-apart (kept, without the T1), 1 scan:" in result.stdout
 
 
 def test_a_changed_file_stops_the_split(cohort: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,25 @@ def test_what_is_finished_is_kept_while_nothing_changes(
     study.model.write_bytes(b"another model")
     study.results()
     assert len(calls) == 7 + 6
+
+
+def test_what_decides_a_result_is_in_its_identity(study: Study, tmp_path: Path) -> None:
+    before = study.identity
+    assert before == study.identity == json.loads(json.dumps(before))
+    reference = study.cases[1].reference
+    assert reference is not None
+    reference.write_bytes(b"drawn anew")
+    redrawn = study.identity
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"weights")
+    based = dataclasses.replace(study, base_weights=weights).identity
+    named = reference.rename(reference.with_name("p1_label-WMH_mask.nii.gz"))
+    cases = [dataclasses.replace(study.cases[1], reference=named)]
+    alone = dataclasses.replace(study, cases=cases)
+    without = alone.identity
+    named.with_name("p1_label-ventricles_mask.nii.gz").write_bytes(b"ventricles")
+    assert before != redrawn != based
+    assert without != alone.identity
 
 
 def test_means_and_gains_are_those_of_the_records() -> None:

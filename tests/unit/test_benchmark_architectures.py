@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from benchmarks.architectures import (
     ARCHITECTURES,
+    _Study,
     scores_of,
     steps_in_equal_time,
     study_text,
 )
 from benchmarks.harness import Timings
 from benchmarks.training import training_step
+from tests.site_scans import write_site
 from wmh_lora.evaluation.sweep import THRESHOLDS
 from wmh_lora.training.settings import read_run_config
 
@@ -53,6 +58,40 @@ def test_table_holds_means_gains_and_bests() -> None:
     assert "| compact | 2.0 | 400 | 0.520 |  | 0.550 | 0.670 | 0.700 | 16.0 | 0.700 |" in text
     assert "| another | 2.0 | 400 | 0.650 | +0.130 (+0.130 to +0.130) | 0.650 | 0.700 |" in text
     assert "| 0.800 | +0.100 (+0.100 to +0.100) |" in text
+
+
+def test_results_and_runs_are_kept_while_nothing_changes_that_decides_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, healthy = tmp_path / "data", tmp_path / "healthy"
+    sources = [root / "labelmaps" / "head.nii.gz", root / "lesion-masks-mni" / "sub-26_mask.nii.gz"]
+    sources.append(sources[1].with_name("sub-01_mask.nii.gz"))
+    for path in (*sources, healthy):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"first")
+    *cohort, other, synthetic = write_site(tmp_path / "site", 4)
+    work = tmp_path / "work"
+    work.mkdir()
+    study = _Study(cohort, other, [synthetic], healthy, root, tmp_path / "cache", work, 600)
+    runs: list[Path] = []
+
+    def result(self: _Study, name: str, steps: int, run: Path) -> dict[str, Any]:
+        runs.append(run)
+        return {}
+
+    monkeypatch.setattr(_Study, "_result", result)
+    drawn = synthetic.reference, cohort[0].reference
+    for changing in (None, *drawn, other.image, healthy, sources[0]):
+        if changing is not None:
+            changing.write_bytes(b"changed")
+        study._kept("compact", 600)
+        study._kept("compact", 600)
+    assert len(runs) == 6
+    assert len(set(runs[:5])) == 1, "the network is tested anew, not trained anew"
+    assert runs[5] != runs[4], "and trained anew where its sources have changed"
+    sources[1].write_bytes(b"changed")  # the mask of the scan that is tested on, which is left out
+    study._kept("compact", 600)
+    assert len(runs) == 6
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

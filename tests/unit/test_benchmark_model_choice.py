@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks.model_choice import LEARNING, finished_model, learning_net, study_text
+from benchmarks.model_choice import LEARNING, _Study, finished_model, learning_net, study_text
+from tests.site_scans import write_site
 from wmh_lora.models.registry import model_path
 
 _COMPUTER = {"cpu": "a CPU", "cores": 2, "threads": 2, "torch": "2.0"}
@@ -48,6 +53,29 @@ def test_only_what_is_named_is_trained(name: str) -> None:
     assert all(".lora_" in n for n in trained["encoder"])
     for part in ("adapter", "decoder"):
         assert trained[part] == (set(there[part]) if what.decoder else set())
+
+
+@pytest.mark.parametrize("changed", ["reference", "other", "healthy", "weights", "version"])
+def test_what_decides_a_result_is_in_its_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    *cases, other = write_site(tmp_path / "site", 3)
+    files = {name: tmp_path / name for name in ("healthy", "model", "weights")}
+    for name, path in files.items():
+        path.write_bytes(name.encode())
+    study = _Study(
+        cases, other, files["healthy"], files["model"], files["weights"], 2.0, 42, tmp_path / "work"
+    )
+    before = study.identity
+    assert before == study.identity == json.loads(json.dumps(before))
+    assert before != dataclasses.replace(study, base_weights=None).identity
+    if changed == "version":
+        monkeypatch.setattr("benchmarks.model_choice.__version__", "0.0.0")
+    else:
+        masks = {"reference": cases[0].reference, "other": other.reference}
+        changing = masks.get(changed) or files[changed]
+        changing.write_bytes(b"changed")
+    assert before != study.identity
 
 
 def test_tables_hold_means_and_gains() -> None:

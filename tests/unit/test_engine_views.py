@@ -15,6 +15,7 @@ from wmh_lora.config import TTA_MODES, TtaMode
 from wmh_lora.engine_views import (
     EVIDENCE,
     VIEWS,
+    JoinedProgress,
     Look,
     Seen,
     ViewKey,
@@ -148,3 +149,14 @@ class TestAdaptive:
         assert slices_with_evidence(probability, 1).tolist() == [True, True, True, False, False]
         probability[1, 0, 0] = np.nextafter(np.float32(EVIDENCE), np.float32(0.0))
         assert not slices_with_evidence(probability, 1).any()
+
+
+def test_joined_progress_ends_where_a_scan_needs_no_further_look() -> None:
+    told: list[tuple[int, int]] = []
+    progress = JoinedProgress(lambda done, total: told.append((done, total)), runs=3)
+    part = progress.part()
+    part(0, 24)
+    part(24, 24)
+    assert told[-1] == (24, 72)
+    progress.finish()
+    assert told[-1] == (24, 24)

@@ -179,3 +179,36 @@ def test_open_atomic_names_a_missing_folder_and_a_folder_as_target(tmp_path: Pat
         pytest.fail("the block must not run")
     with pytest.raises(DataError, match="is a folder"), open_atomic(tmp_path, overwrite=True):
         pytest.fail("the block must not run")
+
+
+def test_names_that_are_too_long_are_told_in_a_sentence(tmp_path: Path) -> None:
+    long = tmp_path / f"{'x' * 300}.nii.gz"
+    assert find_images([long]) == [long]
+    with pytest.raises(DataError, match="name too long"), open_atomic(long):
+        pass
+
+
+def test_a_file_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "mask.nii"
+
+    def save() -> None:
+        with open_atomic(target) as stream:
+            stream.write(b"ours")
+            target.write_bytes(b"theirs")
+
+    with pytest.raises(DataError, match="exists already"):
+        save()
+    assert target.read_bytes() == b"theirs"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_files_appear_where_the_file_system_has_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with open_atomic(tmp_path / "mask.nii") as stream:
+        stream.write(b"ours")
+    assert (tmp_path / "mask.nii").read_bytes() == b"ours"

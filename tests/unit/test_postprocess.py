@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 from nibabel.orientations import apply_orientation, inv_ornt_aff
+from numpy.typing import NDArray
 
 from wmh_lora.errors import ConfigError, DataError
 from wmh_lora.postprocess import (
@@ -159,3 +161,10 @@ class TestLesionMask:
     def test_refuses_a_peak_that_is_no_probability(self) -> None:
         with pytest.raises(ConfigError, match=r"between 0 and 1, found 1\.5"):
             remove_faint_components(np.ones((2, 2, 2)), np.ones((2, 2, 2)), 1.5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, bool])
+def test_maps_of_whole_numbers_are_compared_with_the_limits_as_they_are(dtype: type) -> None:
+    marked: NDArray[Any] = np.array([[[0, 1, 0, 1, 1]]], dtype)
+    np.testing.assert_array_equal(apply_threshold(marked, 0.5), marked)
+    np.testing.assert_array_equal(lesion_mask(marked, 0.5, min_voxels=2, min_peak=0.9)[0, 0, 3:], 1)

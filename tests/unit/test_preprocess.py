@@ -271,3 +271,10 @@ def head_in_air() -> Volume:
     noise = np.random.default_rng(0).normal(0.0, 4.0, inside.shape)
     data = np.where(inside, 300.0 - 200.0 * (x**2 + y**2 < 0.1), 0.0) + noise
     return Volume(data.astype(np.float32), np.diag([3.5, 3.5, 4.0, 1.0]))
+
+
+def test_a_scan_that_float32_tells_no_levels_of_apart_is_refused() -> None:
+    volume = head_phantom()
+    flat = Volume(np.float32(1e6) + volume.data / np.float32(3000.0), volume.affine)
+    with pytest.raises(DataError, match="shows no contrast"):
+        preprocess(flat, CONFIG)

@@ -222,3 +222,13 @@ def test_errors() -> None:
         report(mask=np.zeros((2, 2, 2)))
     with pytest.raises(DataError):
         measure_scan(Volume(np.ones((40, 40, 10), np.float32), np.eye(4)))
+
+
+@pytest.mark.parametrize("tilt_deg", [20.0, 30.0])
+def test_the_volume_of_the_head_is_the_same_under_a_tilted_gantry(tilt_deg: float) -> None:
+    upright = scan()
+    shear = np.eye(4)
+    shear[1, 2] = np.tan(np.deg2rad(tilt_deg))
+    tilted = Volume(upright.data, shear @ upright.affine)
+    expected = measure_scan(upright).head_ml
+    assert measure_scan(tilted).head_ml == pytest.approx(expected, rel=0.02)

@@ -203,3 +203,29 @@ def test_is_ready_for_json() -> None:
 def test_another_grid_is_refused() -> None:
     with pytest.raises(GridMismatchError, match="brain map has shape"):
         located(brain=np.ones((3, 3, 3)))
+
+
+def test_rounding_in_the_header_changes_nothing() -> None:
+    """The same head, turned by a little, with the affine as float32 headers keep it."""
+    mask, structures = np.zeros((72, 88, 36), np.uint8), head()[1]
+    mask[41:51, 35, 17] = 1  # a voxel off the ventricles, and its last voxel 22 mm away
+    mask[20, 20:25, 26] = 1  # 10 mm long, which a size class begins with
+    facts = set()
+    for turn_deg in (0.0, *np.random.default_rng(0).uniform(-10.0, 10.0, 12)):
+        a = np.deg2rad(turn_deg)
+        turn = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1.0]])
+        affine = np.eye(4)
+        affine[:3, :3] = (turn @ np.diag((1.0, 2.0, 4.0))).astype(np.float32)
+        found = locate_lesions(mask, affine, structures)
+        assert found.component_contact is not None
+        assert found.voxel_distance_10mm is not None
+        assert found.fazekas is not None
+        facts.add(
+            (
+                found.component_contact.periventricular_count,
+                round(found.voxel_distance_10mm.periventricular_ml, 4),
+                (found.fazekas.periventricular, found.fazekas.deep),
+                tuple(size.count for size in found.sizes),
+            )
+        )
+    assert len(facts) == 1

@@ -10,8 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 from nibabel.freesurfer.mghformat import MGHImage
-from nibabel.nifti1 import Nifti1Image
-from nibabel.nifti2 import Nifti2Image
+from nibabel.nifti1 import Nifti1Image, Nifti1Pair
+from nibabel.nifti2 import Nifti2Image, Nifti2Pair
 from nibabel.spm99analyze import Spm99AnalyzeImage
 
 from tests.phantoms import brightness_model, head, write_head
@@ -164,3 +164,22 @@ def test_segmenting_an_image_equals_segmenting_its_file(tmp_path: Path) -> None:
     in_memory = Nifti1Image(volume.data, volume.affine)
     of_memory = segment(in_memory, model=model, device="cpu")
     np.testing.assert_array_equal(of_memory.mask, of_file.mask)
+
+
+@pytest.mark.parametrize("kind", [Nifti1Pair, Nifti2Pair])
+def test_what_is_written_for_a_pair_of_files_is_one_file(tmp_path: Path, kind: type) -> None:
+    nib.save(kind(_values(), OBLIQUE), tmp_path / "scan.img")
+    volume = Volume.from_nibabel(_load(tmp_path / "scan.img"))
+    mask = (_values() > 300).astype(np.uint8)
+    write_nifti(tmp_path / "mask.nii.gz", mask, volume)
+    read = Volume.read(tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(read.data, mask)
+    np.testing.assert_array_equal(read.affine, volume.affine)
+
+
+def test_complex_voxels_under_a_real_header_are_refused() -> None:
+    image = Nifti1Image(_values(), OBLIQUE)
+    complex_image = Nifti1Image(_values().astype(np.complex64), OBLIQUE, image.header)
+    complex_image.set_data_dtype(np.float32)
+    with pytest.raises(UnreadableImageError, match="complex"):
+        Volume.from_nibabel(complex_image)

@@ -376,3 +376,7 @@ def test_limits_admit_real_scans() -> None:
     tilted = np.diag([0.5, 0.5, 5.0, 1.0])
     tilted[1, 2] = 5.0 * np.tan(np.radians(30))
     volume_checks.check_affine(path, tilted)
+
+
+def test_a_name_that_the_file_system_refuses(tmp_path: Path) -> None:
+    _refused(tmp_path / f"{'x' * 100}/{'y' * 290}.nii.gz", "cannot be read|does not exist")

@@ -14,10 +14,10 @@ from wmh_lora.bids.names import DerivedFiles, derived_files, parse_name
 from wmh_lora.config import InferenceConfig
 from wmh_lora.config_reading import from_dict
 from wmh_lora.errors import ConfigError
-from wmh_lora.files import file_sha256, open_atomic
+from wmh_lora.files import file_sha256, is_folder, open_atomic
 from wmh_lora.report.html import scan_html
 from wmh_lora.report.montage import png_bytes
-from wmh_lora.report.saving import saved_together
+from wmh_lora.report.saving import output_folder, saved_together
 from wmh_lora.report.segmented import Reported
 from wmh_lora.volume import write_nifti
 
@@ -45,6 +45,13 @@ _RECORDED = (
     "adaptive",
     "precision",
 )
+_MODEL = {
+    "Name": "name",
+    "SHA256": "sha256",
+    "BaseEncoder": "base_encoder",
+    "BaseEncoderSHA256": "base_sha256",
+    "AdapterSHA256": "adapter_sha256",
+}
 _OWN_FILES = ("wmh.tsv", "wmh.json", "wmh.html")
 _IGNORED = ("*_wmh.json", "*_wmh.png", "*_wmh.html", *(f"/{name}" for name in _OWN_FILES))
 
@@ -84,7 +91,7 @@ def settings_record(
     Parameters
     ----------
     model : mapping
-        Name, sha256, base_encoder and base_sha256, from `wmh_lora.models.registry.Model.describe`.
+        From `wmh_lora.models.registry.Model.describe`.
     inference : InferenceConfig
         As used. What changes memory and speed alone is left out.
     t1_registered : bool
@@ -101,12 +108,7 @@ def settings_record(
         "Zoom": inference.zoom,
         "Adaptive": inference.adaptive,
         "Precision": inference.precision,
-        "Model": {
-            "Name": model["name"],
-            "SHA256": model["sha256"],
-            "BaseEncoder": model["base_encoder"],
-            "BaseEncoderSHA256": model["base_sha256"],
-        },
+        "Model": {entry: model[key] for entry, key in _MODEL.items() if key in model},
         "SoftwareVersion": __version__,
         **({"T1Registered": True} if t1_registered else {}),
     }
@@ -137,7 +139,9 @@ def results_state(out_dir: Path, scan: RawScan, record: Mapping[str, Any]) -> St
     t1_sha256 = None if scan.t1 is None else _sha256(scan.t1)
     expected = _sidecars(scan, record, _sha256(scan.source), t1_sha256)
     written = (_read_sidecar(files.mask_sidecar), _read_sidecar(files.probability_sidecar))
-    if any(found is not None and found != wanted for found, wanted in zip(written, expected)):
+    if any(
+        found is not None and not _agree(found, wanted) for found, wanted in zip(written, expected)
+    ):
         return "different"
     return "finished" if len(present) == len(files) and None not in written else "partial"
 
@@ -215,8 +219,13 @@ def save_segmentation(
         )
     source = source.resolve()
     name = parse_name(source.name)
-    depth = len(name.folder.parts)
-    root = Path(raw_dir).resolve() if raw_dir is not None else source.parents[depth]
+    if taken := name.of_derivatives:
+        raise ConfigError(
+            f"{source} is no scan of a raw data set, by {taken[0]}- in its name, which the results "
+            "need for themselves; write them with save()."
+        )
+    above = source.parents[len(name.folder.parts) :]
+    root = Path(raw_dir).resolve() if raw_dir is not None else (*above, source.parent)[0]
     if root not in source.parents or source.parent != root / name.folder:
         raise ConfigError(
             f"{source} does not lie in {name.folder} of the data set {root}, where BIDS keeps it; "
@@ -232,12 +241,12 @@ def save_segmentation(
         )
     scan = RawScan(root, source.relative_to(root), name, _t1_below(root, segmentation))
     raw = _read_sidecar(root / "dataset_description.json") or {}
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_dataset_files(out_dir, root, raw)
     record = settings_record(
         segmentation.model, inference, t1_registered=settings.get("register_t1", False)
     )
-    save_scan(segmentation, scan, out_dir, record, overwrite=overwrite)
+    with output_folder(out_dir):
+        write_dataset_files(out_dir, root, raw)
+        save_scan(segmentation, scan, out_dir, record, overwrite=overwrite)
     return derived_files(out_dir, name).mask
 
 
@@ -267,13 +276,22 @@ def _sidecars(
         "Manual": False,
         **record,
     }
+    if t1_sha256 is None:  # settings are of a run, in which others may have a T1
+        common.pop("T1Registered", None)
     mask = "White matter hyperintensities: 1 lesion, 0 background, on the grid of the source"
     probability = "Probability of white matter hyperintensity before the threshold, in [0, 1]"
     return {"Description": mask, **common}, {"Description": probability, **common}
 
 
 def _sha256(path: Path) -> str:
+    """Checksum of a scan, or nothing where its content is not at hand (a link of git-annex)."""
     return file_sha256(path) if path.is_file() else ""
+
+
+def _agree(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Compare sidecars, but for checksums that cannot be told now."""
+    unknown = {key for key, value in wanted.items() if value == ""}
+    return {**found, **dict.fromkeys(unknown)} == {**wanted, **dict.fromkeys(unknown)}
 
 
 def _read_sidecar(path: Path) -> dict[str, Any] | None:
@@ -325,12 +343,15 @@ def _link(out_dir: Path, raw_dir: Path) -> str:
 
 
 def write_dataset_files(out_dir: Path, raw_dir: Path, raw: Mapping[str, Any]) -> None:
-    """Write description, README and ``.bidsignore`` of the derivatives, which this renews.
+    """Write description, README and ``.bidsignore`` of the derivatives, or renew our part of them.
+
+    What a user has added stays: further entries of the description, further lines of
+    ``.bidsignore``, another README.
 
     Raises
     ------
     ConfigError
-        If the folder is the data set itself, or holds another data set.
+        If the folder is the data set itself, holds another data set, or derivatives of another.
     DataError
         If a file cannot be written.
     """
@@ -340,28 +361,58 @@ def write_dataset_files(out_dir: Path, raw_dir: Path, raw: Mapping[str, Any]) ->
             f"{raw_dir / 'derivatives' / 'wmh-lora'}."
         )
     path = out_dir / "dataset_description.json"
-    if os.path.lexists(path) and not _is_ours(path):
+    description = (_read_sidecar(path) or {}) if os.path.lexists(path) else None
+    if description is not None and not _is_ours(description):
         raise ConfigError(
             f"{out_dir} holds another data set, by its dataset_description.json; choose another "
             "output folder."
         )
+    before = _linked_raw(out_dir, description or {})
+    if before is not None and before != raw_dir.resolve():
+        raise ConfigError(
+            f"{out_dir} holds derivatives of {before}, by its dataset_description.json; choose "
+            "another output folder."
+        )
+    ours = dataset_description(out_dir, raw_dir, raw)
+    readme, ignored = out_dir / "README.md", out_dir / ".bidsignore"
+    lines = _lines(ignored)
     contents = {
-        path: _json(dataset_description(out_dir, raw_dir, raw)),
-        out_dir / "README.md": _README.format(version=__version__),
-        out_dir / ".bidsignore": "".join(f"{pattern}\n" for pattern in _IGNORED),
+        path: _json({**(description or {}), **ours}),
+        ignored: "".join(f"{line}\n" for line in dict.fromkeys((*lines, *_IGNORED))),
     }
+    if (
+        "\n".join(_lines(readme)).startswith(_README.partition("{version}")[0])
+        or not readme.exists()
+    ):
+        contents[readme] = _README.format(version=__version__)
     for target, text in contents.items():
         if not target.is_file() or target.read_bytes() != text.encode("utf-8"):
             with open_atomic(target, overwrite=True) as stream:
                 stream.write(text.encode("utf-8"))
 
 
-def _is_ours(path: Path) -> bool:
-    description = _read_sidecar(path) or {}
+def _is_ours(description: Mapping[str, Any]) -> bool:
     makers = description.get("GeneratedBy")
     return isinstance(makers, list) and any(
         isinstance(maker, dict) and maker.get("Name") == _SOFTWARE for maker in makers
     )
+
+
+def _linked_raw(out_dir: Path, description: Mapping[str, Any]) -> Path | None:
+    """Return the data set that derivatives link to, if it is still there."""
+    links = description.get("DatasetLinks")
+    link = links.get("raw") if isinstance(links, dict) else None
+    if not isinstance(link, str) or "://" in link:
+        return None
+    folder = (out_dir / link).resolve()
+    return folder if is_folder(folder) else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return []
 
 
 def _json(content: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from wmh_lora.bids.names import ENTITIES, BidsName, parse_name
 from wmh_lora.errors import ConfigError, DataError
 
 __all__ = ["FoundScans", "RawScan", "find_flairs", "read_dataset_description", "read_filters"]
+
+_log = logging.getLogger("wmh_lora")
 
 _ENDINGS = ("_FLAIR.nii.gz", "_FLAIR.nii")
 _T1_ENDINGS = ("_T1w.nii.gz", "_T1w.nii")
@@ -213,7 +216,10 @@ def _flairs(root: Path, folder: Path) -> list[RawScan]:
                     f"{path} lies in the folder of another participant or session than its name "
                     f"says; expected {name.folder}. Move or rename it."
                 )
-            if name.entities.get("part") not in _NOT_MAGNITUDE:
+            if name.of_derivatives:
+                text = "%s is left out: by %s- in its name it is no scan of a raw data set."
+                _log.warning(text, path, name.of_derivatives[0])
+            elif name.entities.get("part") not in _NOT_MAGNITUDE:
                 scans.append(RawScan(root, path.relative_to(root), name))
     return scans
 

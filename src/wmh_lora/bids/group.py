@@ -23,7 +23,7 @@ _ENDING = "_wmh.json"
 _NOT_AVAILABLE = "n/a"
 _OF_DERIVATIVES = frozenset({"space", "label"})
 # Columns that tell scans of one session apart, where any scan has the entity
-_OPTIONAL = ("acq", "ce", "rec", "run", "echo", "part", "chunk")
+_OPTIONAL = ("task", "acq", "ce", "rec", "run", "echo", "part", "chunk", "desc")
 _PEOPLE: Mapping[str, Mapping[str, Any]] = {
     "participant_id": {"Description": "Participant, as in participants.tsv of the source"},
     "session_id": {"Description": "Session; n/a where the source has no sessions"},

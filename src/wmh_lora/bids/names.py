@@ -56,6 +56,11 @@ class BidsName:
         return PurePosixPath(*parts, "anat")
 
     @property
+    def of_derivatives(self) -> tuple[str, ...]:
+        """Which entities it has that results need for themselves; no scan of raw data has any."""
+        return tuple(sorted(self.entities.keys() & {"space", "label"}))
+
+    @property
     def stem(self) -> str:
         """The entities as they begin a file name."""
         return self.with_entities().rpartition("_")[0]

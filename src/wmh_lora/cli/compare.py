@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +118,7 @@ def compare(
         raise click.UsageError("--set changes a configuration, and there is none.")
     if config is None:
         _refuse_existing(out_dir, overwrite or resume)
+        _check_against(predictions, against)
         collected = _Collected()
         _add_predictions(collected, predictions, reference, "auto")
     else:
@@ -130,15 +131,14 @@ def compare(
         if twice := sorted(set(predictions) & set(collected.folders)):
             raise ConfigError(f"Two methods are called {twice[0]!r}; rename the --prediction.")
         against = against or comparison.config.against
+        _check_against([*collected.folders, *predictions], against)
         _add_predictions(
             collected,
             predictions,
             reference or comparison.manifest.root,
             comparison.manifest.layout,
         )
-        _check_against(collected, against)
         _train(comparison, collected, against)
-    _check_against(collected, against)
     _print_table(_write(collected, against, out_dir), out_dir)
     if collected.failures or collected.unpaired:
         raise click.exceptions.Exit(EXIT_INPUT)
@@ -232,11 +232,11 @@ def _add_predictions(
                 collected.failures.append(Failure(name, message, pair))
 
 
-def _check_against(collected: _Collected, against: str | None) -> None:
-    if against is not None and against not in collected.folders:
+def _check_against(methods: Collection[str], against: str | None) -> None:
+    """Find out before minutes of work that there is nothing to take differences from."""
+    if against is not None and against not in methods:
         raise ConfigError(
-            f"There is no method {against!r} to compare with; choose one of "
-            f"{', '.join(collected.folders)}."
+            f"There is no method {against!r} to compare with; choose one of {', '.join(methods)}."
         )
 
 

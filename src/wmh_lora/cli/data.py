@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["data"]
 
 _SHOWN = 8  # scans named for each problem; the manifest has all
+_WITHOUT_T1, _WITHOUT_MASK = "kept, without the T1", "kept, without that mask"
+_EFFECTS = {
+    "unreadable-t1": _WITHOUT_T1,
+    "t1-apart": _WITHOUT_T1,
+    "unreadable-structure": _WITHOUT_MASK,
+    "structure-grid": _WITHOUT_MASK,
+}
 
 
 @click.group()
@@ -115,7 +122,7 @@ def _manifest_summary(manifest: Manifest) -> list[str]:
                 str(len({scan.subject for scan in here})),
                 str(len(here)),
                 str(sum(scan.usable for scan in here)),
-                str(sum(bool(scan.t1) for scan in here)),
+                str(sum(bool(scan.usable_t1) for scan in here)),
                 _load(here),
                 " x ".join(_range(axis) for axis in _spacings(here)) or "-",
             )
@@ -139,7 +146,7 @@ def _problem_lines(code: str, scans: Sequence[Scan]) -> list[str]:
     from wmh_lora.data.manifest import UNUSABLE
 
     found = [(s.name, p.message) for s in scans for p in s.problems if p.code == code]
-    effect = "not usable" if code in UNUSABLE else "kept, please check"
+    effect = "not usable" if code in UNUSABLE else _EFFECTS.get(code, "kept, please check")
     head = f"{code} ({effect}), {_count(found, 'scan')}"
     if len({message for _, message in found}) == 1:
         return [f"{head}: {found[0][1]}", f"  {', '.join(_first([name for name, _ in found]))}"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wmh_lora.cli.errors import describe_error
 from wmh_lora.errors import ConfigError, DataError
-from wmh_lora.files import find_images, image_stem
+from wmh_lora.files import find_images, image_stem, is_folder
 
 __all__ = ["Failure", "Plan", "Scan", "plan_scans"]
 
@@ -65,7 +65,7 @@ def plan_scans(inputs: Sequence[Path]) -> Plan:
     roots: dict[Path, Path | None] = {}  # by file, the folder input that it was found in
     seen: set[Path] = set()
     for given in inputs:
-        root = given if given.is_dir() else None
+        root = given if is_folder(given) else None
         try:
             found = find_images([given])
         except DataError as error:
@@ -85,7 +85,7 @@ def plan_scans(inputs: Sequence[Path]) -> Plan:
             f"{first.source} and {second.source} would both be written as {first.name}_*; "
             "give them different names, or segment them into different output folders."
         )
-    with_table = len(inputs) > 1 or any(path.is_dir() for path in inputs)
+    with_table = len(inputs) > 1 or any(is_folder(path) for path in inputs)
     return Plan(scans, failures, with_table)
 
 

@@ -181,7 +181,8 @@ class PatchStream:
         """
         rng = np.random.default_rng([self.seed, _PATCH_DRAWS, index])
         count = len(self.scans.scans)
-        order = np.random.default_rng([self.seed, _PATCH_DRAWS, index // count, 0])
+        # not 0 at the end, which would be the stream of that sample: seeds are padded with zeros
+        order = np.random.default_rng([self.seed, _PATCH_DRAWS, index // count, 1])
         chosen = int(order.permutation(count)[index % count])
         image = self.scans.channels(chosen)
         target = self.scans.scans[chosen].array("target").astype(np.float32)

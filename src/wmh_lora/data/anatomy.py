@@ -21,6 +21,7 @@ from scipy import ndimage
 
 from wmh_lora.data.registration import register_to_template
 from wmh_lora.files import open_atomic
+from wmh_lora.volume import Volume
 
 LabelArray = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
@@ -105,8 +106,14 @@ def head_anatomy(path: Path) -> Anatomy:
     path
         NIfTI file of integer codes; codes of tissue outside the brain that exceed 255 are wrapped
         in these files (skull reads as 3, marrow as 4), which is undone by where they lie.
+
+    Raises
+    ------
+    UnreadableImageError
+        The file is damaged, or holds no 3-D image.
     """
-    image = nib.as_closest_canonical(nib.Nifti1Image.from_filename(path))
+    volume = Volume.read(path)
+    image = nib.as_closest_canonical(nib.Nifti1Image(volume.data, volume.affine))
     codes = _crop_neck(np.asarray(image.dataobj, dtype=np.int16))
     tissue = tissues_of_codes(codes)
     return Anatomy(path.name.split(".")[0], tissue, register_anatomy(tissue), True)

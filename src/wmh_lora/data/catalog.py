@@ -145,7 +145,13 @@ def _channels(root: Path) -> dict[str, str] | None:
         return None
     except (OSError, ValueError) as error:
         raise DataError(f"Cannot read {description} ({error}); correct or remove it.") from error
-    names = document.get("channel_names") or document.get("modality")
+    is_table = isinstance(document, Mapping)
+    names = (document.get("channel_names") or document.get("modality")) if is_table else None
+    if not is_table or (isinstance(names, Mapping) and not all(map(str.isdecimal, names))):
+        raise DataError(
+            f"{description} does not number the channels as nnU-Net does, such as "
+            '{"channel_names": {"0": "FLAIR"}}; correct or remove it.'
+        )
     if not isinstance(names, Mapping):
         return None
     roles = {}

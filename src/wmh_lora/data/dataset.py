@@ -337,9 +337,9 @@ class TrainingStream:
                 for scan in part.scans
             ]
         return [
-            _Files(image, bids_masks(root, image), _bids_t1(image) if self.t1_channels else None)
+            _Files(image, masks, _bids_t1(image) if self.t1_channels else None)
             for root in map(self.config.path, self.config.real)
-            for image in bids_images(root)
+            for image, masks in _labelled_scans(root)
         ]
 
 
@@ -404,6 +404,17 @@ def bids_masks(root: Path, image: Path) -> list[tuple[str, Path]]:
         for name, label in _LABELS.items()
     ]
     return [(name, path) for name, path in paths if path.exists()]
+
+
+def _labelled_scans(root: Path) -> list[tuple[Path, list[tuple[str, Path]]]]:
+    """List the scans of a BIDS folder with their masks; DataError if none of them has any."""
+    scans = [(image, bids_masks(root, image)) for image in bids_images(root)]
+    if not any(masks for _, masks in scans):
+        raise DataError(
+            f"{root}: no scan has a mask to learn from; expected derivatives/manual/sub-*/anat/"
+            "sub-*_space-orig_label-WMH_mask.nii.gz, or label-ventricles or label-brain."
+        )
+    return scans
 
 
 def _bids_t1(image: Path) -> Path | None:

@@ -211,6 +211,7 @@ def list_bids(
         labelled = [mask for mask in fitting if mask.entities.get("label", "").lower() == "wmh"]
         t1s = _of_scan(flair, [f for f in raw if f.suffix == "T1w"], alone=True)
         near = _of_scan(flair, others, alone=len(beside) == 1)
+        near.sort(key=_is_native)  # of several masks of a structure, the last counts
         dataset, subject = "/".join(flair.dataset), f"sub-{flair.subject}"
         known = (sites or {}).get((dataset, subject))
         scans.append(
@@ -239,13 +240,23 @@ def _read_bids(path: PurePosixPath) -> _Bids | None:
     for folder in folders:
         session = session or folder.removeprefix("ses-") * folder.startswith("ses-")
     pipeline = ""
-    inside = (i for i, f in enumerate(folders) if f == "anat" or f.startswith(("sub-", "ses-")))
+    inside = (i for i, f in enumerate(folders) if _of_subject(f))
     dataset = [*folders[: next(inside, len(folders))]]
     if "derivatives" in folders:
         at = folders.index("derivatives")
-        pipeline = next((f for f in folders[at + 1 :] if not f.startswith("sub-")), "derivatives")
+        pipeline = next((f for f in folders[at + 1 :] if not _of_subject(f)), "derivatives")
         dataset = [*folders[:at]]
     return _Bids(path, tuple(dataset), pipeline, entities["sub"], session, suffix, entities)
+
+
+def _of_subject(folder: str) -> bool:
+    """Say whether a folder belongs to a subject, and so names neither data set nor pipeline."""
+    return folder == "anat" or folder.startswith(("sub-", "ses-"))
+
+
+def _is_native(file: _Bids) -> bool:
+    """Say whether a file is on the grid of the scan that it is of, by its name."""
+    return file.entities.get("space", "orig") == "orig"
 
 
 def _is_wmh_mask(file: _Bids) -> bool:
@@ -279,7 +290,9 @@ _DETAIL = re.compile(r"(?:space|label|desc|res|den)-.+")
 _DASHED_WORD = re.compile(rf"(.+)-({'|'.join(sorted(_WORDS))})", re.IGNORECASE)
 _VISIT = re.compile(r"(?:ses|visit|tp|timepoint)-?(\w+)", re.IGNORECASE)
 _IMAGE_FOLDER = re.compile(r"(?:images?|imgs?)(\w*)", re.IGNORECASE)
-_MASK_FOLDER = re.compile(r"(?:labels?|masks?|lesions?|annotations?)(\w*)", re.IGNORECASE)
+# Of a split, or numbered: other words, as in labelled or lesion_study, make no folder of masks.
+_PART = r"_?(?:tr|ts|va|val|train|training|test|testing|valid|validation|\d+)"
+_MASK_FOLDER = re.compile(rf"(?:labels?|masks?|lesions?|annotations?)(|{_PART})", re.IGNORECASE)
 _CHANNEL = re.compile(r"\d{4}")
 
 

@@ -27,7 +27,8 @@ from wmh_lora.data.fields import (
 LabelArray = npt.NDArray[np.uint8]
 
 LESION_CONTRAST = (1.08, 2.2)
-"""Brightness of lesions over the white matter around them; 1.3-1.75 is typical of real scans."""
+"""Brightness of lesions over the white matter around them, up to 0.3 more in single voxels; 1.3 to
+1.75 is typical of real scans."""
 
 TYPICAL_LESION_CONTRAST = 1.28
 """The lowest mean brightness of one subject's lesions; single ones reach the range's end."""
@@ -200,7 +201,7 @@ def _septum(
     box = tuple(slice(a, b + 1) for a, b in zip(near.min(axis=0), near.max(axis=0), strict=True))
     fluid = tissue[box] == Tissue.VENTRICLE
     wide = ndimage.binary_dilation(fluid, iterations=2)
-    # what lies within 2 mm of fluid on the left and on the right
+    # what lies within 4 mm of fluid on the left and on the right
     between = np.roll(wide, 2, axis=0) & np.roll(wide, -2, axis=0) & ~fluid
     solid = between & (tissue[box] > Tissue.VENTRICLE) & (tissue[box] < Tissue.BONE)
     image[box] += np.where(solid, uniform(rng, 0.05, 0.6), 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,9 @@ from wmh_lora.data.fields import FloatArray
 from wmh_lora.data.manifest import Manifest, Scan, read_manifest
 from wmh_lora.data.split import Part, Split, read_split
 from wmh_lora.data.synthesis import IGNORED, Case
-from wmh_lora.errors import ConfigError, DataError
+from wmh_lora.errors import ConfigError, DataError, GridMismatchError
 from wmh_lora.evaluation.masks import OTHER_PATHOLOGY_LABEL
-from wmh_lora.volume import Volume
+from wmh_lora.volume import Volume, grid_difference
 
 __all__ = [
     "DataConfig",
@@ -35,7 +35,7 @@ class DataConfig:
     Attributes
     ----------
     root
-        Folder that the other paths start from.
+        Folder that the other paths start from, ``cache`` apart.
     manifest, split, fold
         Files of ``wmh-lora data prepare`` and ``data split``, and the division in it if there are
         several. The train part is trained on, the validation part validates.
@@ -49,10 +49,10 @@ class DataConfig:
         Subjects whose mask must not be seen, such as those of a validation scan.
     real
         BIDS folders of labelled scans (``derivatives/manual`` holds the masks), in place of a
-        manifest; every scan is as likely to be drawn.
+        manifest; every scan is as likely to be drawn. They need ``real_lanes``.
     cache
         Folder for anatomies once registered, and for scans once preprocessed; the latter go to
-        ``cache`` in the run's folder by default.
+        ``cache`` in the run's folder by default. It starts from the working folder.
     mni_share
         Fraction of synthetic scans painted on the MNI152 anatomy.
     lanes, real_lanes
@@ -123,6 +123,11 @@ class DataConfig:
             )
         if self.manifest and self.real:
             raise ConfigError("data.manifest and data.real both name labelled scans; keep one.")
+        if self.real and not self.real_lanes:
+            raise ConfigError(
+                "data.real names labelled scans, but with data.real_lanes = 0 none is shown; set "
+                "data.real_lanes above 0, or data.real = [] to train on synthetic scans alone."
+            )
         if self.real_lanes and not (self.real or self.manifest):
             raise ConfigError(
                 "data.real_lanes asks for real scans but neither data.manifest nor data.real names "
@@ -246,20 +251,31 @@ def read_masks(image: Path, masks: Iterable[tuple[str, Path]]) -> Case:
     Parameters
     ----------
     image
-        FLAIR.
+        FLAIR; NaN and infinity in it are read as 0.
     masks
         Structure and file. Any value above 0 is inside, but 2 in ``wmh`` is other pathology.
+
+    Raises
+    ------
+    GridMismatchError
+        A mask does not lie on the grid of the image.
     """
+    volume = Volume.read(image)
     read: dict[str, FloatArray] = {}
     files = [image]
     for name, path in masks:
-        labels = Volume.read(path, allow_constant=True).data
-        read[name] = (labels > 0).astype(np.float32)
+        mask = Volume.read(path, allow_constant=True)
+        if difference := grid_difference(volume, mask):
+            raise GridMismatchError(
+                f"{image} and its mask {path}: {difference}; resample the mask to the grid of the "
+                "image."
+            )
+        read[name] = (mask.data > 0).astype(np.float32)
         if name == "wmh":
-            read[IGNORED] = (np.rint(labels) == OTHER_PATHOLOGY_LABEL).astype(np.float32)
+            read[IGNORED] = (np.rint(mask.data) == OTHER_PATHOLOGY_LABEL).astype(np.float32)
             read[name] -= read[IGNORED]
         files.append(path)
-    return Case(Volume.read(image), read, tuple(files))
+    return Case(replace(volume, data=volume.finite_data()), read, tuple(files))
 
 
 def relative_to_root(path: Path, config: DataConfig) -> str:

@@ -241,6 +241,8 @@ def _check(visits: Sequence[Visit], cv_percent: float | None) -> None:
     names = [visit.name for visit in visits]
     if len(set(names)) < len(names):
         raise ConfigError(f"The visits need distinct names, found {', '.join(names)}.")
+    if wrong := [name for name in names if not name or {*name} & {"/", "\\"}]:
+        raise ConfigError(f"A visit's name is part of file names; {wrong[0]!r} cannot be.")
     if cv_percent is not None and not 0.0 <= cv_percent < math.inf:
         raise ConfigError(
             f"The within-subject coefficient of variation must be zero or more percent, found "

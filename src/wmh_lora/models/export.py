@@ -87,9 +87,11 @@ def describe_export(model: Model, size: tuple[int, int] | None = None) -> dict[s
     card, multiple = model.card, _source(model).size_multiple
     allowed = f"multiples of {multiple}" if size is None else f"exactly {size[0]} and {size[1]}"
     base = BASE_WEIGHTS.get(card.model.encoder) if card.base_sha256 else None
+    described = model.describe()
+    sha256 = described.pop("sha256")
     lesion = "sigmoid(wmh)" + (" * sigmoid(brain)" if "brain" in card.model.structures else "")
     return {
-        "name": card.name,
+        **described,
         "licence": card.licence,
         "structures": json.dumps(card.model.structures),
         "threshold": f"{card.inference.threshold:g}",
@@ -97,9 +99,7 @@ def describe_export(model: Model, size: tuple[int, int] | None = None) -> dict[s
         "preprocess": json.dumps(to_dict(card.preprocess), sort_keys=True),
         "inference": json.dumps(to_dict(card.inference), sort_keys=True),
         "model": json.dumps(to_dict(card.model), sort_keys=True),
-        "model_sha256": model.sha256,
-        "base_encoder": card.model.encoder,
-        "base_sha256": card.base_sha256,
+        "model_sha256": sha256,
         "base_licence": "" if base is None else base.licence,
         "size_multiple": str(multiple),
         "input": f"slices: float32 (B, {card.model.in_channels}, H, W) in [0, 1], neighbours as "

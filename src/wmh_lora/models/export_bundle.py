@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,13 @@ def write_bundle(folder: Path, model: Model, description: Mapping[str, str]) -> 
     """
     for name in ("configs", "models", "docs"):
         (folder / name).mkdir(parents=True)
-    metadata = _metadata(model, description)
+    card = replace(model.card, name=description["name"])  # which tells a site's adapter as well
+    metadata = _metadata(card, description)
     for name, content in ((METADATA_FILE, metadata), (_CONFIG_FILE, _INFERENCE)):
         text = json.dumps(content, indent=4, ensure_ascii=False)
         (folder / name).write_text(f"{text}\n", encoding="utf-8")
-    (folder / "docs" / "README.md").write_text(_readme(model.card), encoding="utf-8")
-    (folder / "LICENSE").write_text(_licence(model.card), encoding="utf-8")
+    (folder / "docs" / "README.md").write_text(_readme(card), encoding="utf-8")
+    (folder / "LICENSE").write_text(_licence(card), encoding="utf-8")
 
 
 def load_bundle(folder: str | Path) -> Model:
@@ -116,9 +118,8 @@ def load_bundle(folder: str | Path) -> Model:
         ) from error
 
 
-def _metadata(model: Model, description: Mapping[str, str]) -> dict[str, Any]:
+def _metadata(card: ModelCard, description: Mapping[str, str]) -> dict[str, Any]:
     """`configs/metadata.json` in the layout of MONAI's schema, and what is ours under one key."""
-    card = model.card
     side = f"{description['size_multiple']}*n"
     common = {"spatial_shape": [side, side], "dtype": "float32", "is_patch_data": False}
     slices = card.model.in_channels

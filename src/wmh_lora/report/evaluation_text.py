@@ -187,7 +187,9 @@ def _comparison_notes(comparison: _Document) -> list[str]:
     notes = []
     rows = comparison["rows"]
     tested = [row for row in rows if row["nonzero"]]
-    if not tested:
+    if not any(row["scans"] for row in rows):
+        notes.append("No scan was scored for both.")
+    elif not tested:
         notes.append("The two agree in every measure of every scan: there is nothing to test.")
     elif (least := min(tested, key=lambda row: row["nonzero"]))["nonzero"] < _SMALL_SAMPLE:
         notes.append(

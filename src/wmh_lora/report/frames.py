@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from wmh_lora.files import printable
 from wmh_lora.postprocess import Lesion
 from wmh_lora.regions import Regions
 from wmh_lora.report.extras import require
@@ -122,7 +123,7 @@ def summary_frame(scan: str, report: Mapping[str, Any]) -> DataFrame:
     types = dict.fromkeys(COHORT_COLUMNS, "float64")
     types |= dict.fromkeys(_COUNTS, "int64") | dict.fromkeys(_TEXT, "string")
     return pandas.read_csv(
-        io.StringIO(cohort_table([row])),
+        io.StringIO(printable(cohort_table([row]))),
         sep="\t",
         dtype=types,
         keep_default_na=False,

@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from wmh_lora._version import __version__
-from wmh_lora.files import file_sha256
 from wmh_lora.longitudinal.changes import CHANGES
 from wmh_lora.longitudinal.study import FollowUp, TotalChange, intervals_between
 from wmh_lora.registration import turn_and_shift
 from wmh_lora.report.longitudinal_figure import follow_up_figure
-from wmh_lora.report.outputs import saved_together
+from wmh_lora.report.saving import saved_together
+from wmh_lora.report.tables import name_and_sha256
 from wmh_lora.volume import Volume, write_nifti
 
 __all__ = [
@@ -123,15 +123,15 @@ def follow_up_report(result: FollowUp) -> dict[str, Any]:
 
 def _visit(result: FollowUp, i: int) -> dict[str, Any]:
     visit, volumes = result.visits[i], result.volumes[i]
-    path = visit.volume.path
+    name, digest = name_and_sha256(visit.volume.path)
     middle = result.alignment.affine @ [*((np.array(result.alignment.shape) - 1) / 2), 1.0]
     turn_deg, shift_mm = turn_and_shift(result.alignment.to_visit[i], middle[:3])
     inconsistency = result.alignment.inconsistency_mm[i]
     done = visit.segmentation
     return {
         "name": visit.name,
-        "file": None if path is None else path.name,
-        "file_sha256": None if path is None else file_sha256(path),
+        "file": name,
+        "file_sha256": digest,
         "wmh_volume_ml": round(volumes.volume_ml, 6),
         "wmh_volume_in_common_view_ml": round(volumes.common_ml, 6),
         "wmh_volume_sd_ml": round(volumes.sd_ml, 6),
@@ -307,4 +307,4 @@ def _rounded(matrix: npt.NDArray[np.float64]) -> list[list[float]]:
 
 def _write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")

@@ -324,7 +324,7 @@ class Segmentation:
         DataError
             If the file exists and ``overwrite`` is not set, or cannot be written.
         """
-        page = self.report_html().encode("utf-8")
+        page = self.report_html().encode("utf-8", "backslashreplace")  # as names of files may need
         with open_atomic(Path(path), overwrite=overwrite) as stream:
             stream.write(page)
         return Path(path)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wmh_lora._version import __version__
+from wmh_lora.files import printable
 from wmh_lora.report.extras import require
 from wmh_lora.report.html_facts import (
     Figure,
@@ -33,7 +34,10 @@ __all__ = ["require_matplotlib", "scan_pdf"]
 
 _A4_IN = (8.27, 11.69)
 _MARGIN = 0.07  # of the width of the page
-_LONGEST = 36  # of a setting, in letters
+_LONGEST = 50  # of a setting, in letters
+_TITLE_LETTERS = 40  # of full size, so that the verdict has room beside them
+_LONGEST_TITLE = 80
+_LINE_LETTERS = 125
 _ROWS, _BLOCKS = 52, 2  # lesions below each other, and beside each other
 _INK, _SOFT, _LINE, _ACCENT = "#16202c", "#4d5a69", "#c9d0d8", "#0b5cad"
 _VERDICT_INK = {"pass": "#12703f", "warn": "#8a5200", "fail": "#a3223a", "none": "#4d5a69"}
@@ -41,6 +45,7 @@ _VERDICT_SIGN = {"pass": "\u2713", "warn": "!", "fail": "\u2715", "none": "\u201
 _HEADS = ("#", "mL", "region", "dist. mm", "prob.", "centre mm")
 _STOPS = (0.05, 0.17, 0.20, 0.56, 0.68, 1.0)  # right edges; of the region, its left one
 _STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # names of files may hold dollar signs
     "font.family": "DejaVu Sans",
     "pdf.fonttype": 3,
     "text.color": _INK,
@@ -76,7 +81,7 @@ def scan_pdf(
 
     analysed_on = analysed_on or date.today()
     lesions = lesion_rows(segmentation, report.get("regions"))
-    title = str(report["file"] or "Scan")
+    title = _title(report)
     stream = io.BytesIO()
     # no time of day: equal input gives equal bytes
     metadata = {"Title": f"{title}: WMH report", "CreationDate": None}
@@ -87,6 +92,10 @@ def scan_pdf(
         ):
             document.savefig(page)
     return stream.getvalue()
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    return _shortened(str(report["file"] or "Scan"), _LONGEST_TITLE)
 
 
 def require_matplotlib() -> None:
@@ -105,8 +114,10 @@ def _page(title: str, subtitle: str) -> Page:
 
     page = Page(figsize=_A4_IN)
     page.text(_MARGIN, 0.962, "WHITE MATTER HYPERINTENSITIES ON FLAIR", size=7, color=_SOFT)
-    page.text(_MARGIN, 0.941, title, size=14, weight="bold")
-    page.text(_MARGIN, 0.926, subtitle, size=6.8, color=_SOFT)
+    size = 14 * min(1.0, _TITLE_LETTERS / len(title))
+    page.text(_MARGIN, 0.946, title, size=size, weight="bold")
+    lines = textwrap.fill(subtitle, _LINE_LETTERS, break_on_hyphens=False)
+    page.text(_MARGIN, 0.941, lines, size=6.8, color=_SOFT, va="top", linespacing=1.3)
     page.text(_MARGIN, 0.022, _FOOT, size=6.8, color=_SOFT)
     page.text(1 - _MARGIN, 0.022, f"wmh-lora {__version__}", size=6.8, color=_SOFT, ha="right")
     _rule(page, 0.917)
@@ -214,8 +225,9 @@ def _lists(
     return pages
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}\u2026"
+def _shortened(text: str, most: int = _LONGEST) -> str:
+    text = printable(text)
+    return text if len(text) <= most else f"{text[: most - 1]}\u2026"
 
 
 def _rows(page: Page, x: float, top: float, rows: Sequence[LesionRow]) -> None:

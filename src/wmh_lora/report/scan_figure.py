@@ -20,6 +20,7 @@ from nibabel.orientations import io_orientation
 from numpy.typing import NDArray
 
 from wmh_lora.errors import ConfigError, GridMismatchError
+from wmh_lora.files import printable
 from wmh_lora.report.figures import ORANGE, SKY
 from wmh_lora.report.montage import choose_slices, frame_head, lesions_of
 from wmh_lora.view import choose_view
@@ -112,7 +113,7 @@ def scan_figure(
     sides: dict[str, Any] = {"transform": axes[0].transAxes, "color": "white", "fontsize": 8.0}
     axes[0].text(0.02, 0.5, left, ha="left", va="center", **sides)
     axes[0].text(0.98, 0.5, right, ha="right", va="center", **sides)
-    figure.suptitle(title, fontsize=9.0)
+    figure.suptitle(printable(title), fontsize=9.0, parse_math=False)
     if reference is not None:
         handles = [Line2D([], [], color=colour, label=name) for _, colour, name in layers]
         figure.legend(handles=handles, loc="outside lower right", ncols=2, fontsize=8.0)

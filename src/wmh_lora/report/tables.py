@@ -24,6 +24,7 @@ __all__ = [
     "cohort_row",
     "cohort_table",
     "failed_row",
+    "name_and_sha256",
     "scan_report",
 ]
 
@@ -124,8 +125,8 @@ def scan_report(
     dict
         JSON-ready; the same scan and settings give the same report.
     """
-    name, digest = _name_and_sha256(volume.path)
-    t1_name, t1_digest = _name_and_sha256(t1_path)
+    name, digest = name_and_sha256(volume.path)
+    t1_name, t1_digest = name_and_sha256(t1_path)
     for path in (volume.path, t1_path):
         if path is not None:  # a report is passed on; where a scan lay on somebody's disk is not
             warnings = [text.replace(str(path), path.name) for text in warnings]
@@ -156,7 +157,14 @@ def scan_report(
     return report
 
 
-def _name_and_sha256(path: Path | None) -> tuple[str, str] | tuple[None, None]:
+def name_and_sha256(path: Path | None) -> tuple[str, str] | tuple[None, None]:
+    """Return what a report says of the file of an image; nothing of an image in memory.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read any more.
+    """
     if path is None:
         return None, None
     try:

@@ -187,3 +187,92 @@ class TestToBids:
         with pytest.raises(ConfigError, match="in memory"):
             engine.segment(in_memory).to_bids(tmp_path / "library")
         assert not (tmp_path / "library").exists()
+
+
+def test_another_adapter_of_the_same_name_is_another_model() -> None:
+    described = {**MODEL.describe(), "adapter": "my-site"}
+    one, other = (
+        settings_record({**described, "adapter_sha256": digit * 64}, MODEL.card.inference)
+        for digit in "12"
+    )
+    assert one != other
+
+
+def test_what_a_user_adds_to_the_folder_stays(tmp_path: Path, scan: RawScan) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("my own notes\n")
+    (out / ".bidsignore").write_text("scratch/\n")
+    write_dataset_files(out, scan.root, {})
+    path = out / "dataset_description.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "Authors": ["One", "Two"]}))
+    write_dataset_files(out, scan.root, {"License": "CC0"})
+    assert (out / "README.md").read_text() == "my own notes\n"
+    ignored = (out / ".bidsignore").read_text().splitlines()
+    assert ignored[0] == "scratch/"
+    assert len(ignored) == len(set(ignored)) > 5
+    description = json.loads(path.read_text())
+    assert description["Authors"] == ["One", "Two"]
+    assert description["License"] == "CC0"
+
+
+def test_a_readme_of_an_earlier_version_is_renewed(tmp_path: Path, scan: RawScan) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write_dataset_files(out, scan.root, {})
+    readme = out / "README.md"
+    now = readme.read_text()
+    readme.write_text(now.replace("WMH-LoRA ", "WMH-LoRA 0.0.1-"))
+    write_dataset_files(out, scan.root, {})
+    assert readme.read_text() == now
+
+
+def test_derivatives_of_two_data_sets_are_not_mixed(tmp_path: Path, scan: RawScan) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write_dataset_files(out, scan.root, {})
+    other = write_dataset(tmp_path / "other", "sub-02_FLAIR")
+    with pytest.raises(ConfigError, match="holds derivatives of"):
+        write_dataset_files(out, other, {})
+    moved = scan.root.rename(tmp_path / "moved")
+    write_dataset_files(out, moved, {})
+    links = json.loads((out / "dataset_description.json").read_text())["DatasetLinks"]
+    assert links == {"raw": "../moved"}
+
+
+def test_a_scan_without_t1_is_not_said_to_have_one_that_was_registered(
+    scan: RawScan, out: Path
+) -> None:
+    registered = settings_record(MODEL.describe(), MODEL.card.inference, t1_registered=True)
+    assert results_state(out, scan, registered) == "finished"
+
+
+def test_results_stay_finished_where_the_scan_s_content_is_not_at_hand(
+    scan: RawScan, out: Path
+) -> None:
+    scan.source.unlink()
+    scan.source.symlink_to("../annex/objects/absent")
+    assert results_state(out, scan, RECORD) == "finished"
+    changed = settings_record(MODEL.describe(), InferenceConfig(threshold=0.6))
+    assert results_state(out, scan, changed) == "different"
+
+
+def test_places_that_cannot_be_are_told_in_a_sentence(tmp_path: Path, scan: RawScan) -> None:
+    found = WMHInferenceEngine(MODEL, "cpu").segment(scan.source)
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        found.to_bids(blocked)
+    derived = scan.source.with_name("sub-01_ses-1_run-1_space-T1w_FLAIR.nii.gz")
+    scan.source.rename(derived)
+    again = WMHInferenceEngine(MODEL, "cpu").segment(derived)
+    with pytest.raises(ConfigError, match="by space- in its name"):
+        again.to_bids(tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_any_network_s_results_can_be_written(tmp_path: Path, scan: RawScan) -> None:
+    found = WMHInferenceEngine(MODEL.net, "cpu").segment(scan.source)
+    mask = found.to_bids(tmp_path / "bids")
+    sidecar = json.loads(mask.with_name(mask.name.replace(".nii.gz", ".json")).read_text())
+    assert sidecar["Model"] == {"Name": type(MODEL.net).__name__}

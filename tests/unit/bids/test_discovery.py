@@ -186,3 +186,11 @@ def test_description_is_checked(tmp_path: Path, text: str | None, message: str) 
         (tmp_path / "dataset_description.json").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         read_dataset_description(tmp_path)
+
+
+def test_resampled_and_labelled_images_are_left_out_with_a_word(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree(root, "sub-01/anat/sub-01_space-T1w_FLAIR.nii.gz")
+    assert stems(find_flairs(root)) == ALL
+    assert "by space- in its name" in caplog.text

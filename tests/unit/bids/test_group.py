@@ -82,3 +82,12 @@ def test_a_table_is_not_replaced_unasked(out: Path) -> None:
         write_group(table, out)
     write_group(table, out, overwrite=True)
     assert (out / "wmh.tsv").is_file()
+
+
+def test_tasks_have_a_column_where_scans_have_them(out: Path) -> None:
+    stem = "sub-02_task-rest"
+    for path in derived_files(out, parse_name(f"{stem}_FLAIR.nii.gz")):
+        path.write_text(json.dumps(REPORT), encoding="utf-8")
+    rows = {row["scan"]: row for row in collect_group(out).rows}
+    assert rows[stem]["task"] == "rest"
+    assert rows["sub-02"]["task"] == "n/a"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,6 +63,23 @@ def test_patches_depend_on_the_seed_and_the_number_alone(data: DataConfig, folde
         np.testing.assert_array_equal(a.image, b.image)
         np.testing.assert_array_equal(a.target, b.target)
     assert not np.array_equal(forwards[0].image, forwards[1].image)
+
+
+def test_the_order_of_scans_is_drawn_apart_from_the_patches(
+    data: DataConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = _stream(data, folder)
+    states: list[tuple[int, ...]] = []
+    make = np.random.default_rng
+
+    def noted(seed: Any) -> np.random.Generator:
+        states.append(tuple(np.random.SeedSequence(seed).generate_state(4).tolist()))
+        return make(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", noted)
+    stream.item(0)
+    assert len(states) >= 2
+    assert len(set(states)) == len(states)
 
 
 def test_patches_hold_what_was_asked_for(data: DataConfig, folder: Path) -> None:

@@ -182,6 +182,16 @@ def test_channels_are_read_from_the_description(tmp_path: Path, key: str) -> Non
     assert scan.usable
 
 
+@pytest.mark.parametrize(
+    "document", [[], "FLAIR", {"modality": {"MR": "FLAIR"}}, {"channel_names": {"-1": "FLAIR"}}]
+)
+def test_descriptions_of_other_kinds_are_named(tmp_path: Path, document: object) -> None:
+    write(tmp_path / "imagesTr" / "p_0000.nii.gz", image())
+    (tmp_path / "dataset.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=r"dataset\.json does not number the channels.*remove it"):
+        make_manifest(tmp_path)
+
+
 def test_links_are_followed_and_circles_are_not(tmp_path: Path) -> None:
     pair(tmp_path / "elsewhere", "p", 0)
     study = tmp_path / "study"

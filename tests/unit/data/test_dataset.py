@@ -12,8 +12,9 @@ from wmh_lora.config import PreprocessConfig
 from wmh_lora.data.anatomy import Anatomy
 from wmh_lora.data.augment import augment_crop, augment_scan
 from wmh_lora.data.dataset import DataConfig, TrainingStream, build_stream
+from wmh_lora.data.sources import read_masks
 from wmh_lora.data.synthesis import Case
-from wmh_lora.errors import ConfigError, DataError
+from wmh_lora.errors import ConfigError, DataError, GridMismatchError
 from wmh_lora.preprocess import to_model_grid
 from wmh_lora.volume import Volume, write_nifti
 
@@ -89,6 +90,44 @@ def test_every_source_file_is_listed(stream: TrainingStream, tmp_path: Path) -> 
         manual / "sub-01_space-orig_label-WMH_mask.nii.gz",
         manual / "sub-01_space-orig_label-brain_mask.nii.gz",
     }
+
+
+def test_voxels_without_a_number_are_dark(stream: TrainingStream, tmp_path: Path) -> None:
+    image = tmp_path / "sub-01" / "anat" / "sub-01_FLAIR.nii.gz"
+    volume = Volume.read(image)
+    data = volume.data.copy()
+    data[:3], data[40:44, 40:44, 4] = np.nan, np.inf
+    write_nifti(image, data, volume, overwrite=True)
+    read = read_masks(image, ()).volume.data
+    np.testing.assert_array_equal(read, np.where(np.isfinite(data), data, 0.0))
+    assert all(np.isfinite(stream.item(index).image).all() for index in range(6))
+
+
+def test_a_mask_of_another_grid_is_refused(stream: TrainingStream, tmp_path: Path) -> None:
+    manual = tmp_path / "derivatives" / "manual" / "sub-01" / "anat"
+    path = manual / "sub-01_space-orig_label-brain_mask.nii.gz"
+    mask = Volume.read(path)
+    mirrored = mask.affine @ np.diag([-1.0, 1.0, 1.0, 1.0])
+    mirrored[0, 3] = mask.affine[0, 0] * (mask.shape[0] - 1)  # the same place, stored backwards
+    write_nifti(path, mask.data[::-1], Volume(mask.data[::-1], mirrored), overwrite=True)
+    with pytest.raises(GridMismatchError, match=r"sub-01_FLAIR.*label-brain_mask.*mm apart"):
+        stream.item(0)
+
+
+def test_a_folder_of_scans_without_any_mask_is_refused(
+    stream: TrainingStream, tmp_path: Path
+) -> None:
+    for mask in (tmp_path / "derivatives").rglob("*_label-brain_mask.nii.gz"):
+        mask.unlink()
+    stream.prepare()  # one mask is enough
+    for mask in (tmp_path / "derivatives").rglob("*_mask.nii.gz"):
+        mask.unlink()
+    again = TrainingStream(stream.config, 7, 64, stream.preprocess_config, STRUCTURES)
+    with pytest.raises(DataError) as caught:
+        again.prepare()
+    assert str(tmp_path) in str(caught.value)
+    assert "no scan has a mask" in str(caught.value)
+    assert "derivatives/manual/sub-*/anat" in str(caught.value)
 
 
 def write_t1(root: Path) -> Path:
@@ -197,6 +236,8 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
         DataConfig(lanes=2, real_lanes=3, real=("x",))
     with pytest.raises(ConfigError, match=r"data\.real"):
         DataConfig(real_lanes=1)
+    with pytest.raises(ConfigError, match=r"data\.real names.*data\.real_lanes = 0"):
+        DataConfig(real=("x",))
     with pytest.raises(ConfigError, match=r"data\.crops_per_scan = 0 must be at least 1"):
         DataConfig(crops_per_scan=0)
     with pytest.raises(ConfigError, match="cache"):

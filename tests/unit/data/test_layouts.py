@@ -145,6 +145,36 @@ def test_bids_asks_which_pipeline_has_the_reference() -> None:
     ]
 
 
+@pytest.mark.parametrize("place", ["sub-1", "sub-1/anat", "sub-1/ses-a", "sub-1/ses-a/anat"])
+def test_bids_masks_outside_any_pipeline_are_those_of_derivatives(place: str) -> None:
+    flair, mask = "sub-1/ses-a/anat/sub-1_ses-a_FLAIR", f"derivatives/{place}/sub-1_ses-a_label-WMH"
+    files = paths(flair, f"{mask}_mask", "derivatives/tool/sub-1/sub-1_ses-a_label-WMH_mask")
+    with pytest.raises(ConfigError, match=r"pipelines \(derivatives, tool\)"):
+        list_bids(files, "root")
+    scan = only(list_bids(files, "root", derivatives="derivatives"))
+    assert [_bare(m) for m in scan.masks] == [f"{mask}_mask"]
+
+
+@pytest.mark.parametrize(
+    ("spaces", "taken"),
+    [
+        (("", "space-T1w_"), ""),
+        (("space-orig_", "space-template_"), "space-orig_"),
+        (("space-T1w_",), "space-T1w_"),
+    ],
+)
+def test_bids_prefers_structures_on_the_grid_of_the_scan(
+    spaces: tuple[str, ...], taken: str
+) -> None:
+    start = "derivatives/m/sub-1/anat/sub-1_"
+    masks = (f"{start}{space}label-brain_mask" for space in spaces)
+    files = paths("sub-1/anat/sub-1_FLAIR", f"{start}label-WMH_mask", *masks)
+    found = only(list_bids(files, "root")).structures
+    assert {name: _bare(path) for name, path in found.items()} == {
+        "brain": f"{start}{taken}label-brain_mask"
+    }
+
+
 def test_bids_data_sets_beside_each_other_keep_their_subjects_apart() -> None:
     listing = list_bids(
         paths(
@@ -181,6 +211,11 @@ def test_bids_data_sets_beside_each_other_keep_their_subjects_apart() -> None:
         ("images/p1_FLAIR", "masks/p1", "p1"),
         ("imagesTr/p1_0000", "labelsTr/p1", "p1"),
         ("imagesTs/p1_0000", "labelsTs/p1", "Ts-p1"),
+        ("images_val/p1", "labels_val/p1", "val-p1"),
+        ("images2/p1", "masks2/p1", "2-p1"),
+        ("labelled/p1_FLAIR", "labelled/p1_mask", "labelled-p1"),
+        ("masked/p1_FLAIR", "masked/p1_seg", "masked-p1"),
+        ("lesion_study/p1/FLAIR", "lesion_study/p1/mask", "lesion_study-p1"),
     ],
 )
 def test_flat_pairs(image: str, mask: str, subject: str) -> None:

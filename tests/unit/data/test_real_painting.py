@@ -108,7 +108,8 @@ def test_a_painted_scan_differs_only_where_lesions_were_painted(
     far_mm = ndimage.distance_transform_edt(lesions == 0)
     near = on_the_scan(far_mm < 12.0, anatomy, case)
     # a slice of several millimetres holds lesions whose middle lies in its neighbour
-    np.testing.assert_allclose(painted.volume.data[~near], case.volume.data[~near], rtol=1e-3)
+    apart = painted.volume.data[~near], case.volume.data[~near]
+    np.testing.assert_allclose(*apart, rtol=1e-3, atol=1e-6)  # white matter is about 1
 
 
 def test_labels_grow_by_what_can_be_seen(case: Case, anatomy: RealAnatomy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from scipy import ndimage
 
 from wmh_lora.data.acquisition import _interpolate, acquire
-from wmh_lora.data.anatomy import Anatomy, Tissue, mni_anatomy
+from wmh_lora.data.anatomy import Anatomy, Tissue, head_anatomy, mni_anatomy
 from wmh_lora.data.fields import smooth_field, upsample
 from wmh_lora.data.lesions import (
     MaskBank,
@@ -22,7 +23,8 @@ from wmh_lora.data.lesions import (
     within_hosts,
 )
 from wmh_lora.data.painting import LESION_CONTRAST, _scalp_fat, paint, tissue_contrast
-from wmh_lora.data.synthesis import IGNORED, STRUCTURES, demo_case, synthesize
+from wmh_lora.data.synthesis import IGNORED, STRUCTURES, deform, demo_case, synthesize
+from wmh_lora.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -196,14 +198,55 @@ def test_masks_from_mni_space_land_where_they_were_drawn() -> None:
     assert np.abs(found_mm - expected_mm).max() < 6.0
 
 
+def write_mask(
+    folder: Path, subject: str, shape: tuple[int, ...] = (16, 17, 4), step_mm: float = 1.0
+) -> Path:
+    """A lesion mask whose first plane is filled for sub-26 alone."""
+    data = np.zeros(shape, dtype=np.uint8)
+    data[0] = subject == "sub-26"
+    path = folder / f"{subject}_label-WMH_mask.nii.gz"
+    nib.save(nib.Nifti1Image(data, np.diag([step_mm, 1.0, 1.0, 1.0])), path)
+    return path
+
+
 def test_masks_of_excluded_subjects_are_not_read(tmp_path: Path) -> None:
-    for name in ("sub-01", "sub-26"):
-        data = np.zeros((4, 4, 4), dtype=np.uint8)
-        data[0] = name == "sub-26"
-        nib.save(nib.Nifti1Image(data, np.eye(4)), tmp_path / f"{name}_label-WMH_mask.nii.gz")
+    for subject in ("sub-01", "sub-26"):
+        write_mask(tmp_path, subject)
     bank = MaskBank.read(tmp_path, exclude=("sub-26",))
     assert len(bank.masks) == 1
     assert not bank.masks[0].any()
+
+
+def test_excluding_somebody_who_has_no_mask_is_an_error(tmp_path: Path) -> None:
+    write_mask(tmp_path, "sub-01")
+    with pytest.raises(DataError, match=r"no lesion mask of 26, sub-2 to exclude.*such as sub-01"):
+        MaskBank.paths(tmp_path, exclude=("sub-2", "26"))
+    for exclude in ((), ("sub-01",)):
+        with pytest.raises(DataError, match=r"no lesion mask \(\*_mask\.nii\.gz\) to read"):
+            MaskBank.read(tmp_path if exclude else tmp_path / "absent", exclude)
+
+
+@pytest.mark.parametrize("grid", [{"shape": (16, 18, 4)}, {"step_mm": 1.1}])
+def test_lesion_masks_of_different_grids_are_not_mixed(
+    tmp_path: Path, grid: dict[str, Any]
+) -> None:
+    write_mask(tmp_path, "sub-01")
+    MaskBank.read(tmp_path)
+    path = write_mask(tmp_path, "sub-02", **grid)
+    with pytest.raises(DataError) as caught:
+        MaskBank.read(tmp_path)
+    assert str(caught.value).startswith(f"{path} does not lie on the grid of {tmp_path}")
+
+
+def test_damaged_masks_and_label_maps_are_named(tmp_path: Path) -> None:
+    path = write_mask(tmp_path, "sub-01", shape=(64, 64, 64))
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:200] + b"\xff" * 50 + whole[250:]):
+        path.write_bytes(content)
+        for read in (MaskBank.read, lambda folder: head_anatomy(path)):
+            with pytest.raises(DataError, match="compressed data") as caught:
+                read(tmp_path)
+            assert str(path) in str(caught.value)
 
 
 def test_slices_average_what_they_cover() -> None:
@@ -228,6 +271,13 @@ def test_slices_lie_where_their_affine_says() -> None:
         voxels = ndimage.center_of_mass(scan.masks[0])
         found_mm = nib.affines.apply_affine(scan.affine, voxels)
         assert np.abs(found_mm - centre_mm).max() < 0.2, seed
+
+
+def test_no_brain_is_cut_off_at_its_sides() -> None:
+    for seed in range(8):
+        tissue, _ = deform(np.random.default_rng(seed), mni_anatomy())
+        for side in (tissue[0], tissue[-1], tissue[:, 0], tissue[:, -1]):
+            assert (side == Tissue.AIR).all(), seed
 
 
 @pytest.mark.parametrize("length", [200, 201])

@@ -161,3 +161,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
         compare_visits([one, far], register=False)
     with pytest.raises(ConfigError, match="zero or more"):
         Rules(min_change_ml=-1.0)
+
+
+def test_names_that_are_no_part_of_a_file_name_are_refused() -> None:
+    visits = [visit(name, FIRST) for name in ("2020/01", "2021")]
+    with pytest.raises(ConfigError, match="2020/01"):
+        compare_visits(visits)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.phantoms import write_head
 from tests.small_models import small_model
+from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.errors import ConfigError
 from wmh_lora.models import backends, export_runtime
 from wmh_lora.models.backends import BACKENDS, cached_export, with_backend
@@ -108,3 +111,13 @@ def test_cache_that_cannot_be_written_leaves_torch(
     monkeypatch.setenv("WMH_LORA_HOME", str(tmp_path / "file"))
     assert with_backend(MODEL, "onnxruntime") is MODEL.net
     assert "onnxruntime cannot be used" in caplog.text
+
+
+def test_exported_networks_take_no_t1(tmp_path: Path) -> None:
+    card = replace(MODEL.card, model=replace(MODEL.card.model, t1_channels=1))
+    exported = replace(MODEL, card=card, net=with_backend(MODEL, "onnxruntime"))
+    path = write_head(tmp_path / "sub-01_FLAIR.nii.gz")
+    engine = WMHInferenceEngine(exported, "cpu")
+    assert engine.segment(path).probability.any()
+    with pytest.raises(ConfigError, match="takes FLAIR alone, as all exported"):
+        engine.segment(path, t1=path)

@@ -93,6 +93,13 @@ def test_t1_is_carried_to_another_state_of_a_model(tmp_path: Path, card: ModelCa
         assert not torch.equal(carried(slices, t1), carried(slices))
     with pytest.raises(ConfigError, match="must take no T1"):
         carry_t1(target, files["earlier"], target, overwrite=True)
+    coarser = tmp_path / "coarser.safetensors"
+    other = dataclasses.replace(
+        read_model_card(files["later"]), preprocess=PreprocessConfig(pixel_size_mm=1.25)
+    )
+    save_model(coarser, build_network(alone, None, for_training=True, seed=6), other)
+    with pytest.raises(ConfigError, match="preprocess"):
+        carry_t1(coarser, files["earlier"], target, overwrite=True)
 
 
 def test_a_share_of_t1_needs_a_model_that_takes_one(tmp_path: Path, card: ModelCard) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.errors import AdapterMismatchError, ConfigError, DataError, WeightsError
 from wmh_lora.models import site_adapter
 from wmh_lora.models.encoders import ENCODERS
+from wmh_lora.models.export import describe_export
+from wmh_lora.models.export_bundle import METADATA_FILE, write_bundle
 from wmh_lora.models.model_file import assemble_network, file_sha256, rewrite_card
 from wmh_lora.models.network import build_network
 from wmh_lora.models.registry import load_model
@@ -66,6 +69,17 @@ def test_a_loaded_adapter_computes_what_was_trained(base: Path, tmp_path: Path) 
         found = load_model(base, adapter=path).net(slices)
     assert torch.allclose(found, expected, atol=1e-4)
     assert not torch.allclose(found, plain, atol=0.1)
+
+
+def test_an_export_says_whose_adapter_is_in_it(base: Path, tmp_path: Path) -> None:
+    model = load_model(base, adapter=write_adapter(base, tmp_path / "my-site.safetensors"))
+    about = describe_export(model)
+    assert about["name"] == f"{model.card.name} + my-site"
+    assert model.adapter is not None
+    assert about["adapter_sha256"] == model.adapter.sha256
+    write_bundle(tmp_path / "bundle", model, about)
+    metadata = json.loads((tmp_path / "bundle" / METADATA_FILE).read_text())
+    assert metadata["name"] == about["name"]
 
 
 def test_an_untrained_adapter_changes_nothing_but_rounding(base: Path) -> None:

@@ -173,6 +173,7 @@ def test_damaged_file_is_refused(home: Path, installed: Path, place: str, conten
     if place == "cache":
         home.mkdir()
         file = home / "small.pth"
+        installed.unlink()
     file.write_bytes(content)
     with pytest.raises(ChecksumError) as error:
         resolve_base_weights("small")
@@ -190,6 +191,8 @@ def test_locating_reads_no_file(home: Path, installed: Path) -> None:
     cached.write_bytes(b"x" * len(CONTENT))
     assert locate_base_weights("small") == Located("cached", cached)
     cached.write_bytes(b"short")
+    assert locate_base_weights("small") == Located("installed", installed)
+    installed.unlink()
     assert locate_base_weights("small") == Located("damaged", cached)
     assert locate_base_weights("web") == Located("absent", None)
     with pytest.raises(ConfigError):
@@ -340,3 +343,15 @@ def test_pull_onto_a_full_disk(home: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(weights, "download", _failing(OSError(errno.ENOSPC, "9 MB are needed")))
     with pytest.raises(WeightsError, match=r"cannot be kept in .*: 9 MB are needed\. Set WMH_LORA"):
         pull_base_weights("web")
+
+
+def test_an_installed_file_serves_where_the_cached_one_is_damaged(
+    home: Path, installed: Path
+) -> None:
+    damaged = cached_base_weights("small")
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(CONTENT[:-1])
+    assert resolve_base_weights("small") == pull_base_weights("small") == installed
+    assert locate_base_weights("small") == Located("installed", installed)
+    damaged.write_bytes(bytes(len(CONTENT)))  # of the right size
+    assert resolve_base_weights("small") == installed

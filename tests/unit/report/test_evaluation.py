@@ -142,6 +142,14 @@ def test_grids_are_reported() -> None:
     )
 
 
+def test_methods_without_a_scan_in_common_are_not_said_to_agree() -> None:
+    cases = case("1", 0.5, 2.0, series="A"), case("2", 0.5, 2.0, series="B")
+    apart = evaluation(*cases, kind="methods")
+    text = evaluation_markdown(evaluation_document(apart, resamples=200))
+    assert "No scan was scored for both" in text
+    assert "The two agree" not in text
+
+
 def test_comparison_is_paired_by_reference() -> None:
     rng = np.random.default_rng(1)
     values = rng.uniform(0.4, 0.8, (12, 2))

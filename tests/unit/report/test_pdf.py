@@ -6,13 +6,14 @@ import re
 from dataclasses import replace
 from datetime import date
 
+import matplotlib
 import numpy as np
 import pytest
 
 from tests.reported_scans import full_report, segmented_head
 from wmh_lora.errors import ConfigError
 from wmh_lora.postprocess import describe_lesions
-from wmh_lora.report.pdf import scan_pdf
+from wmh_lora.report.pdf import _STYLE, _VERDICT_SIGN, _front, _title, scan_pdf
 
 DAY = date(2026, 3, 1)
 
@@ -65,3 +66,30 @@ def test_asks_for_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     segmentation = segmented_head()
     with pytest.raises(ConfigError, match="pip install"):
         scan_pdf(segmentation, segmentation.report())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sub-01_FLAIR.nii.gz",
+        "ADNI_023_S_0030_MR_Axial_3D_PASL__Eyes_Open__br_raw_20170306111930741_72_S558210_I825829.nii",
+        "M\udcfcller_$\\frac$_FLAIR.nii.gz",
+    ],
+)
+def test_the_head_of_the_page_fits_beside_the_verdict(name: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    segmentation = segmented_head()
+    report = {**full_report(segmentation), "file": name}
+    used = {"planes": 3, "zoom": 1.2, "precision": "float32"}
+    report["settings"] = {**report["settings"], "used": used}
+    scan_pdf(segmentation, report, analysed_on=DAY)
+    with matplotlib.rc_context(_STYLE):
+        page = _front(segmentation, report, _title(report), DAY)
+        FigureCanvasAgg(page).draw()
+    width = page.bbox.width
+    boxes = {text.get_text(): text.get_window_extent() for text in page.texts}
+    verdict = boxes[next(text for text in boxes if text.startswith(tuple(_VERDICT_SIGN.values())))]
+    title = boxes[_title(report)]
+    assert title.x1 < verdict.x0
+    assert max(box.x1 for box in boxes.values()) < 0.97 * width

@@ -213,7 +213,7 @@
       other.classList.toggle("current", other === row);
       const button = other.querySelector("button.goto");
       button.tabIndex = other === row ? 0 : -1;
-      button.toggleAttribute("aria-current", other === row);
+      button.setAttribute("aria-current", other === row);
     }
     if (viewer) moveTo(viewer.mm2frac(row.dataset.focus.split(" ").map(Number), 0, true));
   }
