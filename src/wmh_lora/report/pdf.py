@@ -34,7 +34,7 @@ __all__ = ["require_matplotlib", "scan_pdf"]
 
 _A4_IN = (8.27, 11.69)
 _MARGIN = 0.07  # of the width of the page
-_LONGEST = 50  # of a setting, in letters
+_LONGEST = 95  # of a setting, in letters
 _TITLE_LETTERS = 40  # of full size, so that the verdict has room beside them
 _LONGEST_TITLE = 80
 _LINE_LETTERS = 125
@@ -206,12 +206,11 @@ def _lists(
             page.text(_MARGIN + 0.02, y, line, size=7.5)
         y -= 0.015
     y -= 0.004
-    for number, (name, value) in enumerate(setting_rows(report, analysed_on)):
-        x = _MARGIN + 0.44 * (number % 2)
-        page.text(x, y, name, size=7, color=_SOFT)
-        page.text(x + 0.13, y, _shortened(value), size=7)
-        y -= 0.0135 * (number % 2)
-    pages, top = [page], y - 0.03
+    for name, value in setting_rows(report, analysed_on):
+        page.text(_MARGIN, y, name, size=7, color=_SOFT)
+        page.text(_MARGIN + 0.22, y, _shortened(value), size=7)
+        y -= 0.0135
+    pages, top = [page], y - 0.02
     rest = list(lesions)
     while rest:
         rows = min(_ROWS, int((top - 0.06) / 0.0145))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from datetime import date
@@ -13,7 +14,7 @@ import pytest
 from tests.reported_scans import full_report, segmented_head
 from wmh_lora.errors import ConfigError
 from wmh_lora.postprocess import describe_lesions
-from wmh_lora.report.pdf import _STYLE, _VERDICT_SIGN, _front, _title, scan_pdf
+from wmh_lora.report.pdf import _STYLE, _VERDICT_SIGN, _front, _lists, _title, scan_pdf
 
 DAY = date(2026, 3, 1)
 
@@ -87,9 +88,14 @@ def test_the_head_of_the_page_fits_beside_the_verdict(name: str) -> None:
     with matplotlib.rc_context(_STYLE):
         page = _front(segmentation, report, _title(report), DAY)
         FigureCanvasAgg(page).draw()
+        lists = _lists(report, [], _title(report), DAY)[0]
+        FigureCanvasAgg(lists).draw()
     width = page.bbox.width
     boxes = {text.get_text(): text.get_window_extent() for text in page.texts}
     verdict = boxes[next(text for text in boxes if text.startswith(tuple(_VERDICT_SIGN.values())))]
     title = boxes[_title(report)]
     assert title.x1 < verdict.x0
     assert max(box.x1 for box in boxes.values()) < 0.97 * width
+    settings = [text.get_window_extent() for text in lists.texts]
+    assert max(box.x1 for box in settings) < 0.97 * width
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(settings, 2))
