@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from wmh_lora.data.dataset import bids_images, bids_masks
+from wmh_lora.data.bids_folder import bids_images, bids_masks
 from wmh_lora.data.sources import read_masks
 from wmh_lora.data.synthesis import IGNORED
 from wmh_lora.engine import WMHInferenceEngine, load_model

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wmh_lora.data.dataset import bids_images, bids_masks
+from wmh_lora.data.bids_folder import bids_images, bids_masks
 from wmh_lora.engine import WMHInferenceEngine, load_model
 from wmh_lora.evaluation.metrics import dice
 from wmh_lora.models.model_edits import rescale_logits

@@ -31,6 +31,7 @@ from wmh_lora.engine_scan import (
     find_lesions,
     maps_on_scan,
     nifti_reference,
+    told_settings,
     warn_about_missing_values,
 )
 from wmh_lora.engine_views import (
@@ -239,27 +240,9 @@ class WMHInferenceEngine:
             lesions=lesions,
             volume_ml=int(mask.sum(dtype=np.int64)) * volume.voxel_volume_ml,
             settings={
-                "threshold": used.threshold,
-                "thresholds": {
-                    "one_plane": config.threshold_of(1),
-                    "three_planes": config.threshold_of(3),
-                },
-                "min_voxels": config.min_voxels,
-                "min_peak": config.min_peak,
-                "min_contrast": config.min_contrast,
-                "tta": config.tta,
-                "planes": config.planes,
-                "zoom": config.zoom,
+                **told_settings(config, maps.looks, self.device),
                 "t1": second is not None,
                 "register_t1": second is not None and register_t1,
-                "adaptive": config.adaptive,
-                "precision": config.precision,
-                "used": {
-                    "planes": maps.looks.planes,
-                    "zoom": maps.looks.zoom,
-                    "precision": str(choose_dtype(self.device, config.precision)).split(".")[-1],
-                },
-                "device": str(self.device),
                 "preprocess": asdict(self._preprocess),
             },
             model=self.model_description,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import nibabel as nib
 import numpy as np
+import torch
 from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
 from wmh_lora.config import PROBABILITY_STEPS, InferenceConfig
+from wmh_lora.engine_device import choose_dtype
 from wmh_lora.engine_looks import Looks
 from wmh_lora.engine_views import STRUCTURE_LEVEL, SliceMaps
 from wmh_lora.logs import LOGGER
@@ -27,6 +29,7 @@ __all__ = [
     "find_lesions",
     "maps_on_scan",
     "nifti_reference",
+    "told_settings",
     "warn_about_missing_values",
 ]
 
@@ -84,6 +87,31 @@ def find_lesions(
     """Make the mask and list its lesions."""
     mask = lesion_mask(probability, config.threshold, config.min_voxels, config.min_peak)
     return mask, tuple(describe_lesions(mask, volume.affine))
+
+
+def told_settings(config: InferenceConfig, looks: Looks, device: torch.device) -> dict[str, Any]:
+    """Return what a report says of the settings: as they were asked for, and as they were used."""
+    return {
+        "threshold": config.threshold_of(looks.planes),
+        "thresholds": {
+            "one_plane": config.threshold_of(1),
+            "three_planes": config.threshold_of(3),
+        },
+        "min_voxels": config.min_voxels,
+        "min_peak": config.min_peak,
+        "min_contrast": config.min_contrast,
+        "tta": config.tta,
+        "planes": config.planes,
+        "zoom": config.zoom,
+        "adaptive": config.adaptive,
+        "precision": config.precision,
+        "used": {
+            "planes": looks.planes,
+            "zoom": looks.zoom,
+            "precision": str(choose_dtype(device, config.precision)).split(".")[-1],
+        },
+        "device": str(device),
+    }
 
 
 def as_volume(scan: Scan) -> Volume:

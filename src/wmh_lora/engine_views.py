@@ -241,7 +241,6 @@ class JoinedProgress:
 
     def finish(self) -> None:
         """Tell that no further run will come, as where a scan has nothing to look at again."""
-        self._runs = len(self._parts)
         if self._parts:
             steps = sum(done for done, _ in self._parts)
             self._progress(steps, steps)

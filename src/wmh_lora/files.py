@@ -27,6 +27,7 @@ __all__ = [
     "image_suffix",
     "images_below",
     "is_folder",
+    "move_new",
     "open_atomic",
     "printable",
     "read_tsv",
@@ -174,8 +175,10 @@ def open_atomic(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
             # Network file systems report a full disk or a quota only when data are forced out.
             stream.flush()
             os.fsync(stream.fileno())
-        if overwrite or not _linked(temporary, target):
+        if overwrite:
             temporary.replace(target)
+        else:
+            move_new(temporary, target)
     except OSError as error:
         raise DataError(f"Cannot write {target}: {write_failure(target, error)}.") from error
     finally:
@@ -183,18 +186,22 @@ def open_atomic(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
             temporary.unlink(missing_ok=True)
 
 
-def _linked(temporary: Path, target: Path) -> bool:
-    """Give a file its name as well, unless another process has taken that in the meantime.
+def move_new(temporary: Path, target: Path) -> None:
+    """Give a finished file its name; the temporary one may stay behind, to be removed.
 
-    False where the file system has no links.
+    Raises
+    ------
+    DataError
+        If another process has taken the name in the meantime.
+    OSError
+        If the file system refuses.
     """
     try:
         os.link(temporary, target)
     except FileExistsError as error:
         raise _exists(target) from error
-    except OSError:
-        return False
-    return True
+    except OSError:  # no links on this file system
+        temporary.replace(target)
 
 
 def _exists(target: Path) -> DataError:

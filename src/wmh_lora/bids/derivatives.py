@@ -224,8 +224,8 @@ def save_segmentation(
             f"{source} is no scan of a raw data set, by {taken[0]}- in its name, which the results "
             "need for themselves; write them with save()."
         )
-    above = source.parents[len(name.folder.parts) :]
-    root = Path(raw_dir).resolve() if raw_dir is not None else (*above, source.parent)[0]
+    depth = min(len(name.folder.parts), len(source.parents) - 1)
+    root = Path(raw_dir).resolve() if raw_dir is not None else source.parents[depth]
     if root not in source.parents or source.parent != root / name.folder:
         raise ConfigError(
             f"{source} does not lie in {name.folder} of the data set {root}, where BIDS keeps it; "
@@ -361,34 +361,40 @@ def write_dataset_files(out_dir: Path, raw_dir: Path, raw: Mapping[str, Any]) ->
             f"{raw_dir / 'derivatives' / 'wmh-lora'}."
         )
     path = out_dir / "dataset_description.json"
-    description = (_read_sidecar(path) or {}) if os.path.lexists(path) else None
-    if description is not None and not _is_ours(description):
-        raise ConfigError(
-            f"{out_dir} holds another data set, by its dataset_description.json; choose another "
-            "output folder."
-        )
-    before = _linked_raw(out_dir, description or {})
-    if before is not None and before != raw_dir.resolve():
-        raise ConfigError(
-            f"{out_dir} holds derivatives of {before}, by its dataset_description.json; choose "
-            "another output folder."
-        )
-    ours = dataset_description(out_dir, raw_dir, raw)
+    before = _own_description(path, raw_dir)
     readme, ignored = out_dir / "README.md", out_dir / ".bidsignore"
-    lines = _lines(ignored)
+    lines = dict.fromkeys((*_text(ignored).splitlines(), *_IGNORED))
     contents = {
-        path: _json({**(description or {}), **ours}),
-        ignored: "".join(f"{line}\n" for line in dict.fromkeys((*lines, *_IGNORED))),
+        path: _json({**before, **dataset_description(out_dir, raw_dir, raw)}),
+        ignored: "".join(f"{line}\n" for line in lines),
     }
-    if (
-        "\n".join(_lines(readme)).startswith(_README.partition("{version}")[0])
-        or not readme.exists()
-    ):
+    our_readme = _README.partition("{version}")[0]
+    if _text(readme).startswith(our_readme) or not readme.exists():
         contents[readme] = _README.format(version=__version__)
     for target, text in contents.items():
-        if not target.is_file() or target.read_bytes() != text.encode("utf-8"):
+        content = text.encode("utf-8", "surrogateescape")
+        if not target.is_file() or target.read_bytes() != content:
             with open_atomic(target, overwrite=True) as stream:
-                stream.write(text.encode("utf-8"))
+                stream.write(content)
+
+
+def _own_description(path: Path, raw_dir: Path) -> dict[str, Any]:
+    """Read the description that this wrote before, if any; ConfigError if it is another's."""
+    if not os.path.lexists(path):
+        return {}
+    description = _read_sidecar(path) or {}
+    if not _is_ours(description):
+        raise ConfigError(
+            f"{path.parent} holds another data set, by its dataset_description.json; choose "
+            "another output folder."
+        )
+    before = _linked_raw(path.parent, description)
+    if before is not None and before != raw_dir.resolve():
+        raise ConfigError(
+            f"{path.parent} holds derivatives of {before}, by its dataset_description.json; choose "
+            "another output folder."
+        )
+    return description
 
 
 def _is_ours(description: Mapping[str, Any]) -> bool:
@@ -408,11 +414,12 @@ def _linked_raw(out_dir: Path, description: Mapping[str, Any]) -> Path | None:
     return folder if is_folder(folder) else None
 
 
-def _lines(path: Path) -> list[str]:
+def _text(path: Path) -> str:
+    """Read a file that a user may have written, in any encoding; nothing where it cannot be."""
     try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
-        return []
+        return ""
 
 
 def _json(content: Mapping[str, Any]) -> str:

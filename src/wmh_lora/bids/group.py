@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wmh_lora.bids.names import ENTITIES, BidsName, derived_files, parse_name
+from wmh_lora.bids.names import ENTITIES, OF_DERIVATIVES, BidsName, derived_files, parse_name
 from wmh_lora.errors import DataError
 from wmh_lora.report.html import CohortFailure, CohortScan, cohort_html
 from wmh_lora.report.outputs import saved_together
@@ -21,7 +21,6 @@ __all__ = ["GroupTable", "collect_group", "write_group"]
 TABLE, DICTIONARY, PAGE = "wmh.tsv", "wmh.json", "wmh.html"
 _ENDING = "_wmh.json"
 _NOT_AVAILABLE = "n/a"
-_OF_DERIVATIVES = frozenset({"space", "label"})
 # Columns that tell scans of one session apart, where any scan has the entity
 _OPTIONAL = ("task", "acq", "ce", "rec", "run", "echo", "part", "chunk", "desc")
 _PEOPLE: Mapping[str, Mapping[str, Any]] = {
@@ -145,7 +144,7 @@ def _scan_of(name: str) -> BidsName | None:
         return parse_name(name.removesuffix(_ENDING) + "_FLAIR.nii.gz")
     if name.endswith("_label-WMH_mask.nii.gz"):
         mask = parse_name(name)
-        kept = {key: value for key, value in mask.entities.items() if key not in _OF_DERIVATIVES}
+        kept = {key: value for key, value in mask.entities.items() if key not in OF_DERIVATIVES}
         return BidsName(kept, "FLAIR")
     return None
 

@@ -11,7 +11,14 @@ from typing import NamedTuple
 from wmh_lora.errors import ConfigError
 from wmh_lora.files import image_suffix
 
-__all__ = ["ENTITIES", "BidsName", "DerivedFiles", "derived_files", "parse_name"]
+__all__ = [
+    "ENTITIES",
+    "OF_DERIVATIVES",
+    "BidsName",
+    "DerivedFiles",
+    "derived_files",
+    "parse_name",
+]
 
 #: Entities that a FLAIR or a mask of one may have, short to long, in the order that BIDS 1.10
 #: gives them in a file name.
@@ -30,6 +37,9 @@ ENTITIES: Mapping[str, str] = {
     "label": "label",
     "desc": "description",
 }
+
+OF_DERIVATIVES = frozenset({"space", "label"})
+"""Entities that the names of results have beside those of their scan."""
 
 _WORD = re.compile(r"([A-Za-z]+)-([A-Za-z0-9+]+)")
 
@@ -58,7 +68,7 @@ class BidsName:
     @property
     def of_derivatives(self) -> tuple[str, ...]:
         """Which entities it has that results need for themselves; no scan of raw data has any."""
-        return tuple(sorted(self.entities.keys() & {"space", "label"}))
+        return tuple(sorted(self.entities.keys() & OF_DERIVATIVES))
 
     @property
     def stem(self) -> str:

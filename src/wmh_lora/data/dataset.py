@@ -7,10 +7,9 @@ mixes scans while each scan is made once.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +19,13 @@ from scipy import ndimage
 
 from wmh_lora.config import PreprocessConfig
 from wmh_lora.config_reading import from_dict
-from wmh_lora.data.anatomy import Anatomy, head_anatomy, mni_anatomy
+from wmh_lora.data.anatomy import Anatomy, mni_anatomy
+from wmh_lora.data.anatomy_cache import kept_head, kept_scan
 from wmh_lora.data.augment import augment_crop, augment_scan, augment_t1
+from wmh_lora.data.bids_folder import bids_t1, labelled_scans
 from wmh_lora.data.fields import FloatArray
 from wmh_lora.data.lesions import MaskBank, draw_lesions, ventricle_distance
-from wmh_lora.data.real_painting import RealAnatomy, paint_lesions, real_anatomy
+from wmh_lora.data.real_painting import RealAnatomy, paint_lesions
 from wmh_lora.data.slices import SliceStream
 from wmh_lora.data.sources import (
     DataConfig,
@@ -35,7 +36,6 @@ from wmh_lora.data.sources import (
 )
 from wmh_lora.data.synthesis import IGNORED, Case, synthesize
 from wmh_lora.errors import DataError, GridMismatchError
-from wmh_lora.files import file_sha256
 from wmh_lora.preprocess import (
     WHITE_MATTER_LEVEL,
     Prepared,
@@ -47,9 +47,7 @@ from wmh_lora.t1 import prepare_t1
 from wmh_lora.view import Plane, choose_view
 from wmh_lora.volume import Volume
 
-__all__ = ["DataConfig", "TrainingStream", "bids_images", "bids_masks", "build_stream"]
-
-_LABELS = {"wmh": "WMH", "ventricles": "ventricles", "brain": "brain"}
+__all__ = ["DataConfig", "TrainingStream", "build_stream"]
 
 _MOST_DRAWS = 4
 
@@ -280,40 +278,16 @@ class TrainingStream:
     @cached_property
     def _anatomies(self) -> list[Path]:
         """Registered whole heads, as files: workers load the one that they need."""
-        kept = (
-            self._kept(source.name.split(".")[0], [source], partial(head_anatomy, source))
-            for source in self._label_maps
-        )
-        return [path for path in kept if path is not None]
+        return [kept_head(Path(self.config.cache), source) for source in self._label_maps]
 
     @cached_property
     def _real_anatomies(self) -> dict[Path, Path]:
         """Files of what real scans show, by scan, of those that lesions can be painted into."""
-        kept = {}
-        for files in self._real_files:
-            contents = (files.image, *dict(files.masks).values())
-            path = self._kept("scan", contents, partial(_read_real_anatomy, files))
-            if path is not None:
-                kept[files.image] = path
-        return kept
-
-    def _kept(
-        self,
-        name: str,
-        contents: Iterable[Path],
-        make: Callable[[], Anatomy | RealAnatomy | None],
-    ) -> Path | None:
-        """Return the file of an anatomy in the cache, made if these contents were not seen yet."""
-        digests = "".join(file_sha256(path) for path in contents)
-        key = hashlib.sha256(digests.encode()).hexdigest()
-        target = Path(self.config.cache, f"{name}-{key[:16]}.npz")
-        if not target.exists():
-            anatomy = make()
-            if anatomy is None:
-                return None
-            target.parent.mkdir(parents=True, exist_ok=True)
-            anatomy.save(target)
-        return target
+        cache = Path(self.config.cache)
+        kept = {
+            files.image: kept_scan(cache, files.image, files.masks) for files in self._real_files
+        }
+        return {image: path for image, path in kept.items() if path is not None}
 
     @cached_property
     def _bank(self) -> MaskBank | None:
@@ -337,14 +311,10 @@ class TrainingStream:
                 for scan in part.scans
             ]
         return [
-            _Files(image, masks, _bids_t1(image) if self.t1_channels else None)
+            _Files(image, masks, bids_t1(image) if self.t1_channels else None)
             for root in map(self.config.path, self.config.real)
-            for image, masks in _labelled_scans(root)
+            for image, masks in labelled_scans(root)
         ]
-
-
-def _read_real_anatomy(files: _Files) -> RealAnatomy | None:
-    return real_anatomy(read_masks(files.image, files.masks))
 
 
 def _shown_t1(t1: Volume, prepared: Prepared, flair: Volume, *, real: bool) -> FloatArray | None:
@@ -385,41 +355,6 @@ def possible_caps(
             distance_px = ndimage.distance_transform_edt(~plane)
             near[index] = distance_px * prepared.config.pixel_size_mm <= reach_mm
     return near & bright
-
-
-def bids_images(root: Path) -> list[Path]:
-    """List the FLAIR scans of a BIDS folder of labelled scans; DataError if there is none."""
-    images = sorted(root.glob("sub-*/anat/*_FLAIR.nii.gz"))
-    if not images:
-        raise DataError(f"{root}: no sub-*/anat/*_FLAIR.nii.gz there.")
-    return images
-
-
-def bids_masks(root: Path, image: Path) -> list[tuple[str, Path]]:
-    """List the structures that are labelled in a scan of a BIDS folder, with their masks."""
-    subject = image.name.split("_")[0]
-    folder = root / "derivatives" / "manual" / subject / "anat"
-    paths = [
-        (name, folder / f"{subject}_space-orig_label-{label}_mask.nii.gz")
-        for name, label in _LABELS.items()
-    ]
-    return [(name, path) for name, path in paths if path.exists()]
-
-
-def _labelled_scans(root: Path) -> list[tuple[Path, list[tuple[str, Path]]]]:
-    """List the scans of a BIDS folder with their masks; DataError if none of them has any."""
-    scans = [(image, bids_masks(root, image)) for image in bids_images(root)]
-    if not any(masks for _, masks in scans):
-        raise DataError(
-            f"{root}: no scan has a mask to learn from; expected derivatives/manual/sub-*/anat/"
-            "sub-*_space-orig_label-WMH_mask.nii.gz, or label-ventricles or label-brain."
-        )
-    return scans
-
-
-def _bids_t1(image: Path) -> Path | None:
-    path = image.with_name(image.name.replace("_FLAIR.", "_T1w."))
-    return path if path.exists() else None
 
 
 def build_stream(

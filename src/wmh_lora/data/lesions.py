@@ -66,8 +66,8 @@ class MaskBank:
     def read_files(cls, paths: Sequence[Path]) -> MaskBank:
         """Read masks; DataError if one cannot be read, or does not lie on the grid of the first."""
         first = Volume.read(paths[0], allow_constant=True)
-        masks = []
-        for path in paths:
+        masks = [first.data > 0]
+        for path in paths[1:]:
             mask = Volume.read(path, allow_constant=True)
             if difference := grid_difference(first, mask):
                 raise DataError(

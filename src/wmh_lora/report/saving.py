@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wmh_lora.errors import ConfigError, DataError
-from wmh_lora.files import write_failure
+from wmh_lora.files import move_new, write_failure
 
 __all__ = ["output_folder", "saved_together"]
 
@@ -55,7 +55,7 @@ def saved_together(
         try:
             temporary.mkdir()
             yield {path: temporary / path.name for path in targets}
-            _place(temporary, targets, fresh=set(targets) - set(existing))
+            _place(temporary, targets, overwrite=overwrite)
         except OSError as error:
             reason = write_failure(targets[0], error)
             raise DataError(f"Cannot write results to {folder}: {reason}.") from error
@@ -98,16 +98,20 @@ def output_folder(folder: Path) -> Iterator[None]:
                 break
 
 
-def _place(temporary: Path, targets: Sequence[Path], fresh: set[Path]) -> None:
+def _place(temporary: Path, targets: Sequence[Path], *, overwrite: bool) -> None:
     """Rename the finished files; if one cannot be, put back what was there before."""
     aside = temporary / "before"
     aside.mkdir()
     placed: list[Path] = []
     try:
         for target in targets:
-            if target not in fresh:
-                target.replace(aside / target.name)
-            (temporary / target.name).replace(target)
+            finished = temporary / target.name
+            if not overwrite:
+                move_new(finished, target)
+            else:
+                if os.path.lexists(target):
+                    target.replace(aside / target.name)
+                finished.replace(target)
             placed.append(target)
     except BaseException:
         for target in placed:

@@ -202,13 +202,13 @@ def test_what_a_user_adds_to_the_folder_stays(tmp_path: Path, scan: RawScan) -> 
     out = tmp_path / "out"
     out.mkdir()
     (out / "README.md").write_text("my own notes\n")
-    (out / ".bidsignore").write_text("scratch/\n")
+    (out / ".bidsignore").write_bytes(b"scratch/\n# M\xfcller\n")
     write_dataset_files(out, scan.root, {})
     path = out / "dataset_description.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "Authors": ["One", "Two"]}))
     write_dataset_files(out, scan.root, {"License": "CC0"})
     assert (out / "README.md").read_text() == "my own notes\n"
-    ignored = (out / ".bidsignore").read_text().splitlines()
+    ignored = (out / ".bidsignore").read_bytes().decode("latin-1").splitlines()
     assert ignored[0] == "scratch/"
     assert len(ignored) == len(set(ignored)) > 5
     description = json.loads(path.read_text())

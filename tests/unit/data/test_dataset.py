@@ -201,7 +201,7 @@ def test_a_label_map_is_registered_once_and_again_where_its_contents_change(
             "head", np.zeros((4, 4, 4), np.uint8), np.zeros((3, 2, 2, 2), np.float32), True
         )
 
-    monkeypatch.setattr("wmh_lora.data.dataset.head_anatomy", register)
+    monkeypatch.setattr("wmh_lora.data.anatomy_cache.head_anatomy", register)
     source = tmp_path / "maps" / "head.nii.gz"
     source.parent.mkdir()
     cache = tmp_path / "cache"

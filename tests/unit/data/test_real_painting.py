@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage
 
 from wmh_lora.config import PreprocessConfig
-from wmh_lora.data import dataset
+from wmh_lora.data import anatomy_cache
 from wmh_lora.data.anatomy import Tissue, mni_anatomy
 from wmh_lora.data.dataset import DataConfig, TrainingStream
 from wmh_lora.data.lesions import draw_lesions, ventricle_distance
@@ -179,7 +179,7 @@ def test_a_stream_paints_into_its_share_of_scans_and_keeps_their_anatomy(
         asked.append(read)
         return anatomy
 
-    monkeypatch.setattr(dataset, "real_anatomy", known)
+    monkeypatch.setattr(anatomy_cache, "real_anatomy", known)
 
     def stream(share: float) -> TrainingStream:
         config = DataConfig(

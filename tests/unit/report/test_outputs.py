@@ -134,6 +134,20 @@ def test_a_failing_rename_puts_back_what_was_replaced(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
 
 
+def test_a_file_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
+    targets = [tmp_path / "a", tmp_path / "b"]
+
+    def save() -> None:
+        with saved_together(targets) as temporary:
+            for path in temporary.values():
+                path.write_text("ours")
+            targets[1].write_text("theirs")
+
+    with pytest.raises(DataError, match="exists already"):
+        save()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"b": "theirs"}
+
+
 def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
         with saved_together([tmp_path / "deep" / "a"]) as temporary:
