@@ -20,6 +20,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from wmh_lora.data.registration import register_to_template
+from wmh_lora.errors import DataError
 from wmh_lora.files import open_atomic
 from wmh_lora.volume import Volume
 
@@ -88,6 +89,10 @@ class Anatomy:
             return cls(path.stem, stored["tissue"], stored["to_mni_mm"], bool(stored["has_head"]))
 
 
+CEREBELLUM_CODES = (7, 8, 46, 47)
+"""FreeSurfer's, of white matter and cortex at the left and the right."""
+
+
 @lru_cache(maxsize=1)
 def mni_anatomy() -> Anatomy:
     """Return the packaged MNI152 anatomy (brain only)."""
@@ -111,8 +116,17 @@ def head_anatomy(path: Path) -> Anatomy:
     ------
     UnreadableImageError
         The file is damaged, or holds no 3-D image.
+    DataError
+        It has no cerebellum, or no ventricles: it is not the label map of a whole head.
     """
     volume = Volume.read(path)
+    for name, needed in (("cerebellum", CEREBELLUM_CODES), ("lateral ventricle", (4, 43))):
+        if not np.isin(volume.data, needed).any():
+            listed = ", ".join(map(str, needed))
+            raise DataError(
+                f"{path} has no {name} (codes {listed}); label maps of whole heads with FreeSurfer "
+                "codes are needed: take the file out of the folder."
+            )
     image = nib.as_closest_canonical(nib.Nifti1Image(volume.data, volume.affine))
     codes = _crop_neck(np.asarray(image.dataobj, dtype=np.int16))
     tissue = tissues_of_codes(codes)
@@ -181,7 +195,7 @@ def _resolve_wrapped(codes: npt.NDArray[np.int16], tissue: LabelArray) -> None:
 
 def _crop_neck(codes: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
     """Keep the head with a margin of air, down to 40 mm below the cerebellum."""
-    cerebellum = np.flatnonzero(np.isin(codes, (7, 8, 46, 47)).any(axis=(0, 1)))
+    cerebellum = np.flatnonzero(np.isin(codes, CEREBELLUM_CODES).any(axis=(0, 1)))
     bottom = max(0, cerebellum[0] - 40)
     present = codes[:, :, bottom:] > 0
     # single stray voxels far outside do not count

@@ -9,11 +9,17 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from wmh_lora.data.fields import FloatArray, smooth_field, uniform
+from wmh_lora.data.fields import FloatArray, log_uniform, smooth_field, uniform
 from wmh_lora.preprocess import WHITE_MATTER_LEVEL
 
 if TYPE_CHECKING:
     from wmh_lora.data.synthesis import Case
+
+_LARGER = (0.85, 1.35)
+"""By how much crops are enlarged: the second look at a scan is 1.2 times larger (ADR 9)."""
+
+_SCALED = 0.35
+"""Of the synthetic crops, those that are."""
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
@@ -77,7 +83,7 @@ def augment_crop(
     size
         Side of the crop in pixels.
     real
-        Real scans are also rotated and scaled; synthetic ones come posed.
+        Real scans are also rotated and scaled; synthetic ones come posed, some are scaled.
     t1
         (T, H, W) in [0, 1], which moves with the image; its intensities stay.
 
@@ -92,7 +98,10 @@ def augment_crop(
     if real:
         angle = np.deg2rad(uniform(rng, -15.0, 15.0))
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        matrix = turn * rng.uniform(0.9, 1.1, 2)
+        matrix = turn * rng.uniform(0.93, 1.07, 2) / log_uniform(rng, *_LARGER)
+        planes = [_sample(p, matrix, centre, size) for p in whole]
+    elif rng.random() < _SCALED:
+        matrix = np.eye(2) / log_uniform(rng, *_LARGER)
         planes = [_sample(p, matrix, centre, size) for p in whole]
     else:
         planes = [cut_square(p, centre, size) for p in whole]
@@ -160,7 +169,7 @@ def _vary(
     elif rng.random() < 0.3:
         picture, second = picture[::-1], second[::-1]
     # what is left of intensity error after normalisation: gain, and contrast about white matter
-    picture = picture * np.exp(rng.normal(0.0, 0.1))
+    picture = picture * np.exp(rng.normal(0.0, 0.06))
     if rng.random() < 0.5:
         contrast = np.exp(rng.normal(0.0, 0.2))
         picture = WHITE_MATTER_LEVEL * (picture / WHITE_MATTER_LEVEL) ** contrast

@@ -54,6 +54,10 @@ _MOST_DRAWS = 4
 _CAP_CONTRAST = 1.1
 """Brightness, relative to white matter, above which a rim of the ventricles may be a cap."""
 
+_REAL_SHAPES = 0.4
+"""Of the scans that lesions are painted into, those that may get shapes of real masks. These are of
+multiple sclerosis, as are the real scans themselves; haloes of small-vessel disease are painted."""
+
 
 class _Files(NamedTuple):
     """A real scan."""
@@ -200,7 +204,8 @@ class TrainingStream:
             return case
         anatomy = RealAnatomy.load(kept)
         distance_mm = ventricle_distance(anatomy.tissue)
-        lesions = draw_lesions(draws, anatomy.tissue, anatomy.to_mni_mm, distance_mm, self._bank)
+        bank = self._bank if draws.random() < _REAL_SHAPES else None
+        lesions = draw_lesions(draws, anatomy.tissue, anatomy.to_mni_mm, distance_mm, bank)
         return paint_lesions(draws, case, anatomy, lesions)
 
     def visible_case(self, rng: np.random.Generator) -> tuple[Case, Prepared]:

@@ -114,7 +114,7 @@ class MaskBank:
             Mask before any restriction to tissue, in [0, 1]; dilated or thinned at random.
         """
         mask = self.masks[rng.integers(len(self.masks))]
-        if rng.random() < 0.3:
+        if rng.random() < 0.45:
             mask = mask | self.masks[rng.integers(len(self.masks))]
         if rng.random() < 0.5:
             mask = mask[::-1]  # the grid is symmetric about the midline
@@ -143,7 +143,7 @@ def periventricular(
 ) -> FloatArray:
     """Draw caps, bands and haloes of uneven depth around the ventricles."""
     shape = tissue.shape
-    mean_mm = log_uniform(rng, 1.0, 13.0)
+    mean_mm = log_uniform(rng, 1.5, 14.0)
     depth = mean_mm * (1.0 + 0.6 * smooth_field(rng, shape, uniform(rng, 12.0, 30.0)))
     depth += uniform(rng, 0.0, 0.5) * mean_mm * smooth_field(rng, shape, uniform(rng, 4.0, 8.0))
     depth += _horn_bonus(rng, tissue)
@@ -252,7 +252,7 @@ def draw_lesions(
             mask = np.maximum(mask, periventricular(rng, distance_mm, tissue))
         if rng.random() < 0.75:
             mask = np.maximum(mask, punctate(rng, distance_mm, tissue))
-        if rng.random() < 0.35:
+        if rng.random() < 0.5:
             mask = np.maximum(mask, confluent(rng, distance_mm, tissue))
     return mask
 

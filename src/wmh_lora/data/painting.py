@@ -215,7 +215,7 @@ def _dirty_white_matter(
         return
     shape = (tissue.shape[0], tissue.shape[1], tissue.shape[2])
     patches = np.clip(smooth_field(rng, shape, uniform(rng, 6.0, 18.0)) - 0.2, 0.0, 1.0)
-    strength = uniform(rng, 0.3, 1.0) * most
+    strength = uniform(rng, 0.3, 0.8) * most
     image += np.where(tissue == Tissue.WHITE_MATTER, strength * patches, 0.0)
 
 

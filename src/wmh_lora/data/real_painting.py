@@ -36,7 +36,7 @@ _SURFACE_MM = 3.0  # of the brain, which holds cortex alone
 _LEAST_WHITE_ML = 50.0
 _LEAST_LESION = 20  # voxels, of which a scan's own contrast is measured
 _CONTRAST = (0.25, 0.9)
-_OWN_CONTRAST = (0.25, 1.2)
+_OWN_CONTRAST = (0.22, 1.2)
 _STEP_MM = 1.0  # between samples across a slice
 
 _OTHER_BRAIN = (
@@ -242,7 +242,7 @@ def _typical_excess(rng: np.random.Generator, case: Case, level: FloatArray) -> 
     image = ndimage.gaussian_filter(case.volume.data, _slice_sigma(case, _LESION_SMOOTH_MM))
     own = np.median(image[lesion] / np.maximum(level[lesion], 1e-6)) - 1.0
     # borders, where lesions are less bright, are half of a median
-    return float(np.clip(own * np.exp(rng.normal(0.2, 0.25)), *_OWN_CONTRAST))
+    return float(np.clip(own * np.exp(rng.normal(0.1, 0.3)), *_OWN_CONTRAST))
 
 
 def _millimetre_grid(volume: Volume) -> tuple[npt.NDArray[np.float64], tuple[int, int, int]]:

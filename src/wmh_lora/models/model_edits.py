@@ -12,7 +12,14 @@ from wmh_lora.errors import ConfigError
 from wmh_lora.models.model_file import MODEL_FILE
 from wmh_lora.models.tensor_file import storable
 
-__all__ = ["T1_PARTS", "carry_t1", "rescale_logits", "scale_t1", "t1_comes_off"]
+__all__ = [
+    "T1_PARTS",
+    "carry_t1",
+    "interpolate_weights",
+    "rescale_logits",
+    "scale_t1",
+    "t1_comes_off",
+]
 
 T1_PARTS = "adapter.t1_"
 """What the names of all tensors begin with that a T1 enters by."""
@@ -142,6 +149,56 @@ def carry_t1(
     added = {name: tensor for name, tensor in others.items() if name.startswith(T1_PARTS)}
     card = replace(card, model=other.model)
     MODEL_FILE.write(target, storable({**tensors, **added}, target), card, overwrite=overwrite)
+
+
+def interpolate_weights(
+    path: str | Path,
+    other: str | Path,
+    target: str | Path,
+    share: float,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a model whose weights lie between those of two states of it.
+
+    For a model and what it became by training on: between them lies what both know, often better
+    than either (Wortsman et al., arXiv:2109.01903). Of two models that were trained apart the mean
+    is worthless.
+
+    Parameters
+    ----------
+    path : str or Path
+        Model file, whose settings the result has. Its way in of T1, if it has one, stays as it is
+        where ``other`` has none.
+    other : str or Path
+        The later state.
+    target : str or Path
+        Where the result goes.
+    share : float
+        Of the later state, in [0, 1]: 0 is the one, 1 the other.
+    overwrite : bool
+        Replace a ``target`` that exists.
+
+    Raises
+    ------
+    ConfigError
+        If the two differ in their network or the pictures that it sees, or the share is out of
+        range.
+    WeightsError, DataError
+        If a file is absent, damaged or not a model, or the result cannot be written.
+    """
+    card, tensors = MODEL_FILE.read(path)
+    later, others = MODEL_FILE.read(other)
+    alike = replace(later.model, t1_channels=card.model.t1_channels) == card.model
+    if not alike or card.preprocess != later.preprocess or not 0 <= share <= 1:
+        raise ConfigError(
+            f"{path} and {other} must have the same [model] settings but for T1 and the same "
+            f"[preprocess] settings, and a share lies in [0, 1]; asked for {share}."
+        )
+    for name, tensor in tensors.items():
+        if name in others and tensor.is_floating_point():
+            tensors[name] = tensor.float().lerp(others[name].float(), share).to(tensor.dtype)
+    MODEL_FILE.write(target, storable(tensors, target), card, overwrite=overwrite)
 
 
 def t1_comes_off(tensors: Mapping[str, Tensor]) -> bool:

@@ -113,7 +113,7 @@ def test_a_painted_scan_differs_only_where_lesions_were_painted(
 
 
 def test_labels_grow_by_what_can_be_seen(case: Case, anatomy: RealAnatomy) -> None:
-    painted = paint_lesions(np.random.default_rng(1), case, anatomy, drawn(anatomy, 5))
+    painted = paint_lesions(np.random.default_rng(1), case, anatomy, drawn(anatomy, 8))
     new = (painted.masks["wmh"] > 0) & (case.masks["wmh"] == 0)
     assert new.sum() * case.volume.voxel_volume_ml > 1.0
     assert (painted.masks["wmh"] >= case.masks["wmh"]).all()

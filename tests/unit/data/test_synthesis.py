@@ -238,6 +238,19 @@ def test_lesion_masks_of_different_grids_are_not_mixed(
     assert str(caught.value).startswith(f"{path} does not lie on the grid of {tmp_path}")
 
 
+@pytest.mark.parametrize(("codes", "missing"), [((4, 41), "cerebellum"), ((8, 41), "ventricle")])
+def test_label_maps_that_are_no_whole_heads_are_refused(
+    tmp_path: Path, codes: tuple[int, int], missing: str
+) -> None:
+    labels = np.zeros((20, 20, 20), np.uint8)
+    labels[4:16, 4:16, 2:10], labels[4:16, 4:16, 10:18] = codes
+    path = tmp_path / "half.nii.gz"
+    nib.save(nib.Nifti1Image(labels, np.eye(4)), path)
+    with pytest.raises(DataError, match=missing) as caught:
+        head_anatomy(path)
+    assert str(caught.value).startswith(f"{path} has no ")
+
+
 def test_damaged_masks_and_label_maps_are_named(tmp_path: Path) -> None:
     path = write_mask(tmp_path, "sub-01", shape=(64, 64, 64))
     whole = path.read_bytes()
@@ -334,7 +347,7 @@ def test_a_t1_lies_on_its_flair_and_leaves_it_as_it_is() -> None:
 
 
 def test_the_demo_case_has_lesions() -> None:
-    image, affine, reference = demo_case(235)
+    image, affine, reference = demo_case(45)
     assert image.shape == reference.shape
     assert set(np.unique(reference)) <= {0, 1, 2}
     assert (reference == 1).sum() * abs(np.linalg.det(affine[:3, :3])) / 1000.0 > 5.0

@@ -10,8 +10,14 @@ import torch
 
 from wmh_lora.config import InferenceConfig, ModelConfig, PreprocessConfig
 from wmh_lora.errors import ConfigError
-from wmh_lora.models.model_edits import carry_t1, rescale_logits, scale_t1
-from wmh_lora.models.model_file import ModelCard, load_network, read_model_card, save_model
+from wmh_lora.models.model_edits import carry_t1, interpolate_weights, rescale_logits, scale_t1
+from wmh_lora.models.model_file import (
+    MODEL_FILE,
+    ModelCard,
+    load_network,
+    read_model_card,
+    save_model,
+)
 from wmh_lora.models.network import build_network
 
 CONFIG = ModelConfig(encoder="compact", adaptation="full", decoder_channels=(16, 8, 8, 8))
@@ -107,3 +113,33 @@ def test_a_share_of_t1_needs_a_model_that_takes_one(tmp_path: Path, card: ModelC
     save_model(path, build_network(CONFIG, None, for_training=True, seed=5), card)
     with pytest.raises(ConfigError, match="0 channels of T1"):
         scale_t1(path, tmp_path / "weaker.safetensors", 0.5)
+
+
+def test_weights_are_put_between_two_states(tmp_path: Path, card: ModelCard) -> None:
+    alone = ModelConfig(encoder="compact", adaptation="full", decoder_channels=(16, 8, 8, 8))
+    both = dataclasses.replace(alone, t1_channels=1)
+    nets, files = {}, {}
+    for name, config, seed in (("earlier", both, 5), ("later", alone, 6)):
+        nets[name] = build_network(config, None, for_training=True, seed=seed).eval()
+        files[name] = tmp_path / f"{name}.safetensors"
+        save_model(files[name], nets[name], dataclasses.replace(card, model=config))
+    target = tmp_path / "between.safetensors"
+    interpolate_weights(files["earlier"], files["later"], target, 0.25)
+    (found, one), (_, first), (_, last) = (
+        MODEL_FILE.read(path) for path in (target, files["earlier"], files["later"])
+    )
+    assert found == read_model_card(files["earlier"])
+    mixed = [name for name in first if name in last and first[name].is_floating_point()]
+    assert any(not torch.equal(first[name], last[name]) for name in mixed)
+    for name in mixed:
+        torch.testing.assert_close(one[name], 0.75 * first[name] + 0.25 * last[name])
+    apart = set(first) - set(last)
+    assert apart
+    assert all(torch.equal(one[name], first[name]) for name in apart)
+    finer = tmp_path / "finer.safetensors"
+    save_model(
+        finer, nets["later"], dataclasses.replace(card, model=alone, preprocess=PreprocessConfig())
+    )
+    for other, share in ((files["later"], 1.5), (finer, 0.5)):
+        with pytest.raises(ConfigError, match="share"):
+            interpolate_weights(files["earlier"], other, target, share, overwrite=True)
