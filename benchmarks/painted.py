@@ -52,8 +52,8 @@ MEASURES = ("dice", "lesion_f1", "lesion_recall", "recall", "precision")
 STRUCTURES_BY = "flair-compact-v1"
 """Whose brain and ventricles tell where lesions may lie: the same for every model compared."""
 
-Pattern = Callable[[str, Case, RealAnatomy], Case]
-"""Paints lesions into a scan, drawn by their name."""
+Pattern = Callable[[np.random.Generator, Case, RealAnatomy], Case]
+"""Paints lesions into a scan."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -74,18 +74,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--zoom", type=float, help="see wmh-lora segment; the model's by default")
     parser.add_argument("--model", action="append", default=[])
     options = parser.parse_args(arguments)
-    patterns = vascular_patterns(options.vascular)
+    patterns: dict[str, Pattern]
     if options.lesions:
         masks = MaskBank.paths(options.lesions, tuple(options.exclude))[:: options.every]
         patterns = {path.name.split("_")[0]: functools.partial(_laid_in, path) for path in masks}
+    else:
+        patterns = {f"vascular-{number:02d}": vascular for number in range(options.vascular)}
     missing = {
         name: pattern
         for name, pattern in patterns.items()
         if not _files(options.output, name)[1].exists()
     }
+    known = known_structures(options.image) if missing or options.extract else {}
     if missing:
-        build_scans(options.image, options.reference, missing, options.output)
-    brain = known_structures(options.image)["brain"] > 0 if options.extract else None
+        build_scans(options.image, options.reference, known, missing, options.output)
+    brain = known["brain"] > 0 if options.extract else None
     rows = [["model", "load", "scans", *MEASURES, "found mL", "reference mL"]]
     results = []
     for model in options.model or ["default"]:
@@ -112,16 +115,14 @@ def _files(folder: Path, name: str) -> tuple[Path, Path]:
     return folder / f"{name}_FLAIR.nii.gz", folder / f"{name}_label-WMH_mask.nii.gz"
 
 
-def _laid_in(path: Path, name: str, case: Case, anatomy: RealAnatomy) -> Case:
+def _laid_in(path: Path, rng: np.random.Generator, case: Case, anatomy: RealAnatomy) -> Case:
     """Paint one real mask in."""
-    rng = np.random.default_rng([SEED, *name.encode()])
     drawn = MaskBank.read_files([path]).draw(rng, anatomy.to_mni_mm, anatomy.tissue.shape)
     return paint_lesions(rng, case, anatomy, within_hosts(drawn, anatomy.tissue))
 
 
-def _vascular(name: str, case: Case, anatomy: RealAnatomy) -> Case:
-    """Paint patterns until one has a load of `VASCULAR_ML` and most of it can be seen."""
-    rng = np.random.default_rng([SEED, *name.encode()])
+def vascular(rng: np.random.Generator, case: Case, anatomy: RealAnatomy) -> Case:
+    """Paint patterns of small-vessel disease until one has `VASCULAR_ML`, most of it to be seen."""
     distance_mm = ventricle_distance(anatomy.tissue)
     own_ml = np.count_nonzero(case.masks["wmh"]) * case.volume.voxel_volume_ml
     for _ in range(MOST_DRAWS):
@@ -136,11 +137,6 @@ def _vascular(name: str, case: Case, anatomy: RealAnatomy) -> Case:
     raise DataError(f"{case.volume.path}: no pattern can be seen in this scan; choose another.")
 
 
-def vascular_patterns(count: int) -> dict[str, Pattern]:
-    """Name patterns of small-vessel disease; each is drawn by its name, whatever the count."""
-    return {f"vascular-{number:02d}": _vascular for number in range(count)}
-
-
 def known_structures(image: Path) -> dict[str, npt.NDArray[np.float32]]:
     """Let `STRUCTURES_BY` find brain and ventricles."""
     engine = WMHInferenceEngine(load_model(STRUCTURES_BY), "cpu")
@@ -149,18 +145,26 @@ def known_structures(image: Path) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def build_scans(
-    image: Path, reference: Path | None, patterns: Mapping[str, Pattern], output: Path
+    image: Path,
+    reference: Path | None,
+    known: Mapping[str, npt.NDArray[np.float32]],
+    patterns: Mapping[str, Pattern],
+    output: Path,
 ) -> None:
-    """Write the scan once for every pattern, with that painted in, and its labels."""
+    """Write the scan once for every pattern, with that painted in, and its labels.
+
+    ``known`` are its brain and ventricles. Each pattern is drawn by its name, whatever others
+    there are.
+    """
     own = read_masks(image, [("wmh", reference)] if reference else [])
     none = {"wmh": np.zeros(own.volume.shape, np.float32)}
-    case = Case(own.volume, none | own.masks | known_structures(image))
+    case = Case(own.volume, {**none, **own.masks, **known})
     anatomy = real_anatomy(case)
     if anatomy is None:
         raise DataError(f"{image}: brain or ventricles are not found; choose another scan.")
     output.mkdir(parents=True, exist_ok=True)
     for name, pattern in patterns.items():
-        painted = pattern(name, case, anatomy)
+        painted = pattern(np.random.default_rng([SEED, *name.encode()]), case, anatomy)
         scan, label = _files(output, name)
         write_nifti(scan, painted.volume.data, own.volume, overwrite=True)
         write_nifti(label, painted.lesion_labels, own.volume, overwrite=True)

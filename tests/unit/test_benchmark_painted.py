@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from benchmarks.painted import LEAST_SEEN, VASCULAR_ML, by_load, measure_scans, vascular_patterns
+from benchmarks.painted import LEAST_SEEN, VASCULAR_ML, by_load, measure_scans, vascular
 from wmh_lora.data.anatomy import mni_anatomy
 from wmh_lora.data.real_painting import real_anatomy
 from wmh_lora.data.synthesis import synthesize
@@ -96,11 +96,10 @@ def test_vascular_patterns_are_large_seen_and_the_same_again() -> None:
     case = replace(made, masks={**made.masks, **none})
     anatomy = real_anatomy(case)
     assert anatomy is not None
-    (name,) = patterns = vascular_patterns(1)
-    painted = patterns[name](name, case, anatomy)
+    painted = vascular(np.random.default_rng(1), case, anatomy)
     added_ml = painted.masks["wmh"].sum() * case.volume.voxel_volume_ml
     assert LEAST_SEEN * VASCULAR_ML[0] <= added_ml <= VASCULAR_ML[1]
     seen = painted.masks["wmh"] > 0
     assert np.median(painted.volume.data[seen] - case.volume.data[seen]) > 0
-    again = patterns[name](name, case, anatomy)
+    again = vascular(np.random.default_rng(1), case, anatomy)
     np.testing.assert_array_equal(painted.volume.data, again.volume.data)

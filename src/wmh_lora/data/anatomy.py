@@ -27,6 +27,10 @@ from wmh_lora.volume import Volume
 LabelArray = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
 
+_CEREBELLUM = (7, 8, 46, 47)
+_NEEDED = {"cerebellum": _CEREBELLUM, "lateral ventricle": (4, 43)}
+"""FreeSurfer codes of what every head has, of the left and the right."""
+
 
 class Tissue(IntEnum):
     """What a voxel of an anatomy holds."""
@@ -89,10 +93,6 @@ class Anatomy:
             return cls(path.stem, stored["tissue"], stored["to_mni_mm"], bool(stored["has_head"]))
 
 
-CEREBELLUM_CODES = (7, 8, 46, 47)
-"""FreeSurfer's, of white matter and cortex at the left and the right."""
-
-
 @lru_cache(maxsize=1)
 def mni_anatomy() -> Anatomy:
     """Return the packaged MNI152 anatomy (brain only)."""
@@ -120,7 +120,7 @@ def head_anatomy(path: Path) -> Anatomy:
         It has no cerebellum, or no ventricles: it is not the label map of a whole head.
     """
     volume = Volume.read(path)
-    for name, needed in (("cerebellum", CEREBELLUM_CODES), ("lateral ventricle", (4, 43))):
+    for name, needed in _NEEDED.items():
         if not np.isin(volume.data, needed).any():
             listed = ", ".join(map(str, needed))
             raise DataError(
@@ -195,7 +195,7 @@ def _resolve_wrapped(codes: npt.NDArray[np.int16], tissue: LabelArray) -> None:
 
 def _crop_neck(codes: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
     """Keep the head with a margin of air, down to 40 mm below the cerebellum."""
-    cerebellum = np.flatnonzero(np.isin(codes, CEREBELLUM_CODES).any(axis=(0, 1)))
+    cerebellum = np.flatnonzero(np.isin(codes, _CEREBELLUM).any(axis=(0, 1)))
     bottom = max(0, cerebellum[0] - 40)
     present = codes[:, :, bottom:] > 0
     # single stray voxels far outside do not count

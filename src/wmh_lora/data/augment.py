@@ -95,17 +95,21 @@ def augment_crop(
     """
     centre = place_centre(rng, centre, image.shape[1:], size)
     whole = (*image, *target, *(() if t1 is None else t1))
+    matrix = None
     if real:
         angle = np.deg2rad(uniform(rng, -15.0, 15.0))
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         matrix = turn * rng.uniform(0.93, 1.07, 2) / log_uniform(rng, *_LARGER)
-        planes = [_sample(p, matrix, centre, size) for p in whole]
     elif rng.random() < _SCALED:
         matrix = np.eye(2) / log_uniform(rng, *_LARGER)
-        planes = [_sample(p, matrix, centre, size) for p in whole]
-    else:
-        planes = [cut_square(p, centre, size) for p in whole]
-    stack = np.stack(planes)
+    stack = np.stack(
+        [
+            cut_square(plane, centre, size)
+            if matrix is None
+            else _sample(plane, matrix, centre, size)
+            for plane in whole
+        ]
+    )
     if rng.random() < 0.5:
         stack = stack[:, :, ::-1]
     if rng.random() < 0.2:

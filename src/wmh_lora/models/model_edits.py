@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from wmh_lora.errors import ConfigError
-from wmh_lora.models.model_file import MODEL_FILE
+from wmh_lora.models.model_file import MODEL_FILE, ModelCard
 from wmh_lora.models.tensor_file import storable
 
 __all__ = [
@@ -138,8 +138,7 @@ def carry_t1(
     """
     card, tensors = MODEL_FILE.read(path)
     other, others = MODEL_FILE.read(source)
-    alike = replace(card.model, t1_channels=other.model.t1_channels) == other.model
-    if card.model.t1_channels or not alike or card.preprocess != other.preprocess:
+    if card.model.t1_channels or not _alike_but_for_t1(card, other):
         raise ConfigError(
             f"{path} must take no T1, and its [model] and [preprocess] settings be those of "
             f"{source} but for that."
@@ -189,8 +188,7 @@ def interpolate_weights(
     """
     card, tensors = MODEL_FILE.read(path)
     later, others = MODEL_FILE.read(other)
-    alike = replace(later.model, t1_channels=card.model.t1_channels) == card.model
-    if not alike or card.preprocess != later.preprocess or not 0 <= share <= 1:
+    if not _alike_but_for_t1(card, later) or not 0 <= share <= 1:
         raise ConfigError(
             f"{path} and {other} must have the same [model] settings but for T1 and the same "
             f"[preprocess] settings, and a share lies in [0, 1]; asked for {share}."
@@ -199,6 +197,12 @@ def interpolate_weights(
         if name in others and tensor.is_floating_point():
             tensors[name] = tensor.float().lerp(others[name].float(), share).to(tensor.dtype)
     MODEL_FILE.write(target, storable(tensors, target), card, overwrite=overwrite)
+
+
+def _alike_but_for_t1(one: ModelCard, other: ModelCard) -> bool:
+    """Whether two models are one network that sees the same pictures, with a T1 or without."""
+    model = replace(one.model, t1_channels=other.model.t1_channels)
+    return model == other.model and one.preprocess == other.preprocess
 
 
 def t1_comes_off(tensors: Mapping[str, Tensor]) -> bool:
