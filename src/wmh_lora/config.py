@@ -32,9 +32,10 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Adaptation = Literal["lora", "frozen", "full"]
 DecoderKind = Literal["pyramid", "upsampling"]
 
-PREPROCESS_VERSIONS = (1, 2)
+PREPROCESS_VERSIONS = (2, 3)
 """Ways of making the network's input, the newest last: a model goes on seeing what it was trained
-on. They differ in how white matter is found, see `wmh_lora.preprocess_head.landmarks`."""
+on. They differ in how head and white matter are found, see `find_head` and `landmarks` in
+`wmh_lora.preprocess_head`."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def preprocess(volume: Volume, config: PreprocessConfig, plane: Plane | None = N
     scan = np.asarray(view.to_view(volume.data), dtype=np.float32)
     background = find_background(scan)
     coarse, coarse_spacing = coarse_scan(scan, background, view.spacing_mm, volume.path)
-    head = find_head(coarse, coarse_spacing)
+    head = find_head(coarse, coarse_spacing, config.version)
     superior = next(i for i, axis in enumerate(view.axes) if axis == superior_axis(volume))
     floor, white_matter = landmarks(coarse, head, coarse_spacing, superior, volume, config.version)
     view = _crop(view, head, coarse_spacing, config)

@@ -30,8 +30,11 @@ BoolArray = npt.NDArray[np.bool_]
 
 _DISC = ndimage.generate_binary_structure(2, 1)[None]
 _COARSE_MM = 3.0
-_CORE_DEPTHS_MM = {1: (20.0, 10.0, 5.0, 0.0), 2: (15.0, 10.0, 5.0, 0.0)}
-_PEAK_SHARE = {1: 1.0, 2: 0.6}  # of the highest peak of a histogram, for a darker one to count
+_CORE_DEPTHS_MM = {2: (15.0, 10.0, 5.0, 0.0), 3: (10.0, 5.0, 0.0)}
+_PEAK_SHARE = 0.6  # of the highest count of a histogram, for a darker peak or shoulder to count
+_BEND_SHARE = 0.3  # of the strongest bend of a histogram, for a darker one to be a shoulder
+_PEAK_BINS = 3.0
+_BEND_BINS = 6.0  # a second derivative is noisier than the counts
 _CORE_HEIGHT_MM = 110.0
 _CORE_MINIMUM_ML = 20.0
 _FLOOR_PERCENTILE = 1.0
@@ -58,15 +61,23 @@ def find_background(scan: FloatArray) -> BoolArray:
     return background
 
 
-def find_head(coarse: FloatArray, spacing_mm: tuple[float, float, float]) -> BoolArray:
+def find_head(
+    coarse: FloatArray,
+    spacing_mm: tuple[float, float, float],
+    version: int = PREPROCESS_VERSIONS[-1],
+) -> BoolArray:
     """Find the head (or the extracted brain) on a coarse grid.
 
-    Otsu's threshold (IEEE Trans SMC 9:62, 1979), cleaned, holes filled slice by slice, largest
-    component. Falls back to everything where the result is implausibly small.
+    Otsu's threshold (IEEE Trans SMC 9:62, 1979), holes filled slice by slice, cleaned, largest
+    component. Version 2 cleans first, which tears thin scalps, so that parts of the head are not
+    filled. Falls back to everything where the result is implausibly small.
     """
     smooth = ndimage.gaussian_filter(coarse, 0.7)
-    head = smooth > _otsu(smooth)
-    head = fill_head(ndimage.binary_opening(head, _DISC), 3)
+    bright = smooth > _otsu(smooth)
+    if version == 2:
+        head = fill_head(ndimage.binary_opening(bright, _DISC), 3)
+    else:
+        head = _largest_part(ndimage.binary_opening(fill_head(bright, 3), _DISC))
     if head.sum() * np.prod(spacing_mm) / 1000.0 < _CORE_MINIMUM_ML:
         return np.ones_like(head)
     return np.asarray(head, dtype=np.bool_)
@@ -87,10 +98,15 @@ def fill_head(marked: BoolArray, closing: int) -> BoolArray:
     head = ndimage.binary_closing(head, _DISC, iterations=closing)
     inner = slice(closing, -closing)
     head = np.stack([ndimage.binary_fill_holes(plane) for plane in head])[:, inner, inner]
-    labels, count = ndimage.label(head)
+    return _largest_part(head)
+
+
+def _largest_part(marked: BoolArray) -> BoolArray:
+    """Keep the largest component."""
+    labels, count = ndimage.label(marked)
     if count > 1:
-        head = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-    return np.asarray(head, dtype=np.bool_)
+        marked = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
+    return np.asarray(marked, dtype=np.bool_)
 
 
 def coarse_steps(
@@ -132,10 +148,10 @@ def landmarks(
     """Return fluid and white matter: two landmarks among the intensities inside the upper head.
 
     Depth keeps scalp fat, bone and ragged extraction edges out, so that the same brain gets the
-    same landmarks with its skull and without. Fluid is their first percentile. White matter is in
-    version 1 the highest peak of their histogram more than 20 mm inside the head, and in version 2
-    the darkest clear peak more than 15 mm inside: around the ventricles, lesions of 80 mL and more
-    can outnumber it, but not further out, and they are brighter.
+    same landmarks with its skull and without. Fluid is their first percentile. White matter is the
+    darkest clear mode of their histogram: around the ventricles, lesions of 80 mL and more can
+    outnumber it, but they are brighter. In version 2 a mode is a peak, more than 15 mm inside the
+    head; in version 3 a peak or a shoulder, more than 10 mm inside, where lesions are fewer.
     """
     present = np.flatnonzero(head.any(axis=tuple(a for a in range(3) if a != superior)))
     height = int(_CORE_HEIGHT_MM / spacing_mm[superior])
@@ -156,7 +172,7 @@ def landmarks(
     if core.size == 0:
         core = coarse[head]
     floor = float(np.percentile(core, _FLOOR_PERCENTILE))
-    white_matter = _darkest_peak(core, _PEAK_SHARE[version])
+    white_matter = _darkest_mode(core, shoulders=version > 2)
     if not white_matter > floor:  # more than half of the core is one dark value
         white_matter = float(core.max())
     if not white_matter > floor:
@@ -165,24 +181,32 @@ def landmarks(
     return floor, white_matter
 
 
-def _darkest_peak(values: FloatArray, share: float) -> float:
-    """Return the darkest peak of a smoothed histogram that reaches a share of the highest."""
-    smooth, edges = smooth_histogram(values)
+def _darkest_mode(values: FloatArray, *, shoulders: bool) -> float:
+    """Return the darkest peak, or shoulder, of a histogram that reaches a share of the highest."""
+    smooth, edges = smooth_histogram(values, _BEND_BINS if shoulders else _PEAK_BINS)
     if smooth.size == 0:
         return float(edges[-1])
     # CSF can be the sharper peak where ventricles are large: look above the darkest quarter only
     start = len(smooth) // 4
-    padded = np.pad(smooth, 1)
-    is_peak = (smooth >= padded[:-2]) & (smooth >= padded[2:])
-    peaks = np.flatnonzero(is_peak & (smooth >= share * smooth[start:].max()))
-    peaks = peaks[peaks >= start]
+    counts = smooth[start:]
+    modes = _maxima(smooth)
+    if shoulders:
+        bend = -np.gradient(np.gradient(smooth))
+        modes = _maxima(bend) & (bend >= _BEND_SHARE * bend[start:].max())
+    found = np.flatnonzero(modes[start:] & (counts >= _PEAK_SHARE * counts.max()))
     # where all falls from the quarter on, there is none
-    peak = int(peaks[0]) if peaks.size else start + int(np.argmax(smooth[start:]))
-    return float((edges[peak] + edges[peak + 1]) / 2)
+    mode = start + int(found[0] if found.size else np.argmax(counts))
+    return float((edges[mode] + edges[mode + 1]) / 2)
+
+
+def _maxima(curve: npt.NDArray[np.float64]) -> BoolArray:
+    """Mark what is no lower than its neighbours."""
+    padded = np.pad(curve, 1, constant_values=-np.inf)
+    return np.asarray((curve >= padded[:-2]) & (curve >= padded[2:]), dtype=np.bool_)
 
 
 def smooth_histogram(
-    values: FloatArray,
+    values: FloatArray, sigma_bins: float = _PEAK_BINS
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return 128 smoothed counts between the percentiles 0.5 and 99.5, and the edges of their bins.
 
@@ -192,7 +216,7 @@ def smooth_histogram(
     if not high > low:
         return np.zeros(0), np.array([low, high])
     counts, edges = np.histogram(values, bins=128, range=(low, high))
-    return ndimage.gaussian_filter1d(counts.astype(np.float64), 3.0, mode="constant"), edges
+    return ndimage.gaussian_filter1d(counts.astype(np.float64), sigma_bins, mode="constant"), edges
 
 
 def _otsu(values: FloatArray) -> float:

@@ -163,7 +163,7 @@ def test_the_notebook_finds_lesions_of_synthetic_scans(tmp_path: Path, run: Any)
     losses = [r["loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
     assert len(losses) == 8  # of ten steps each: none lost or repeated
     assert losses[-1] < 0.8 * losses[0]
-    # measured: 0.73 and 0.75 for the small model, 0.92 and 0.84 for the packaged one
+    # measured: 0.58 and 0.70 for the small model, 0.83 and 0.85 for the packaged one
     assert min(results["trained"]) > 0.5
     assert np.mean(results["packaged"]) > 0.75
     assert results["chosen"] > 0.6

@@ -21,6 +21,7 @@ from wmh_lora.preprocess import (
     restore_mask,
     to_model_grid,
 )
+from wmh_lora.preprocess_head import find_head
 from wmh_lora.volume import Volume
 
 CONFIG = PreprocessConfig()
@@ -195,32 +196,44 @@ def test_an_image_without_tissue_is_refused() -> None:
         preprocess(Volume(np.full_like(blank, np.nan), np.eye(4)), CONFIG)
 
 
-def heavy_head(lesion_radius: float) -> tuple[Volume, npt.NDArray[np.bool_]]:
+def heavy_head(lesion_radius: float, noise: float) -> tuple[Volume, npt.NDArray[np.bool_]]:
     """A head of white matter about fluid, with a shell of lesion around the fluid; and the shell.
 
-    Of radius 0.62, the shell outnumbers white matter more than 20 mm inside the head.
+    A shell of radius 0.75 outnumbers white matter more than 15 mm inside the head.
     """
     grids = (np.linspace(-1.15, 1.15, n) for n in (64, 76, 50))
     radius = np.sqrt(sum(grid**2 for grid in np.meshgrid(*grids, indexing="ij")))
     lesion = (radius > 0.25) & (radius < lesion_radius)
     image = np.where(radius < 1, 100.0, 0.0)
     image[(radius > 0.93) & (radius < 1)] = 125.0  # cortex
-    image[lesion], image[radius <= 0.25] = 145.0, 20.0
-    noise = np.random.default_rng(0).normal(0.0, 4.0, image.shape)
-    image = np.where(radius < 1, image + noise, 0.0).astype(np.float32)
+    image[lesion], image[radius <= 0.25] = 130.0, 20.0
+    grain = np.random.default_rng(0).normal(0.0, noise, image.shape)
+    image = np.where(radius < 1, image + grain, 0.0).astype(np.float32)
     return Volume(image, np.diag([3.0, 3.0, 3.0, 1.0])), lesion
 
 
-@pytest.mark.parametrize(("lesion_radius", "version_1"), [(0.35, 0.4), (0.62, 0.26)])
+# noise of 10 leaves a shoulder of the peak of white matter
+@pytest.mark.parametrize("noise", [4.0, 10.0])
+@pytest.mark.parametrize(("lesion_radius", "version_2"), [(0.62, 0.4), (0.75, 0.29)])
 def test_white_matter_is_found_where_lesions_outnumber_it(
-    lesion_radius: float, version_1: float
+    lesion_radius: float, version_2: float, noise: float
 ) -> None:
-    volume, lesion = heavy_head(lesion_radius)
-    for version, expected in ((1, version_1), (2, 0.4)):
+    volume, lesion = heavy_head(lesion_radius, noise)
+    for version, expected in ((2, version_2), (3, 0.4)):
         prepared = preprocess(volume, PreprocessConfig(version=version))
         shown = np.median(prepared.slices[to_model_grid(lesion, prepared) > 0.9])
-        # lesion is 1.56 times as far above fluid as white matter
-        assert shown / ((145 - 20) / (100 - 20)) == pytest.approx(expected, abs=0.02)
+        # lesion is 1.375 times as far above fluid as white matter
+        assert shown / ((130 - 20) / (100 - 20)) == pytest.approx(expected, abs=0.02)
+
+
+def test_a_head_is_filled_below_a_thin_scalp_that_outshines_it() -> None:
+    _, row, column = np.indices((20, 72, 60))
+    radius = np.hypot((row - 36) / 33, (column - 30) / 27)
+    scan = np.where(radius < 0.9, 100.0, 0.0).astype(np.float32)
+    scan[(radius > 0.95) & (radius < 1)] = 600.0  # fat, little more than a pixel of it
+    torn, whole = (find_head(scan, (5.0, 3.0, 3.0), version) for version in (2, 3))
+    np.testing.assert_array_equal(whole, radius < 1)
+    assert (torn != whole).mean() > 0.2
 
 
 @pytest.mark.realdata

@@ -93,6 +93,13 @@ def synthesize(
         All three of :data:`STRUCTURES`, on the scan's grid, and what of the lesions is too faint
         there to tell (`IGNORED`).
     """
+    return synthesize_with_normal(rng, anatomy, bank, with_t1=with_t1)[0]
+
+
+def synthesize_with_normal(
+    rng: np.random.Generator, anatomy: Anatomy, bank: MaskBank | None, *, with_t1: bool = False
+) -> tuple[Case, npt.NDArray[np.bool_]]:
+    """Return what `synthesize` does, and (I, J, K) where white matter is no lesion."""
     tissue, to_mni_mm = deform(rng, anatomy)
     distance_mm = ventricle_distance(tissue)
     lesions = draw_lesions(rng, tissue, to_mni_mm, distance_mm, bank)
@@ -114,7 +121,8 @@ def synthesize(
     visible, doubtful = judge_visibility(scan.image, lesion, normal, volume.spacing_mm)
     named = dict(zip((*STRUCTURES, IGNORED), (visible, *structures, doubtful), strict=True))
     t1 = _acquire_t1(rng.spawn(1)[0], tissue, lesions, keep) if with_t1 else None
-    return Case(volume, {name: mask.astype(np.float32) for name, mask in named.items()}, t1=t1)
+    case = Case(volume, {name: mask.astype(np.float32) for name, mask in named.items()}, t1=t1)
+    return case, normal & ~lesion
 
 
 def _acquire_t1(

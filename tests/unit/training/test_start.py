@@ -99,8 +99,8 @@ def test_other_preprocessing_is_told(finished: Path, caplog: pytest.LogCaptureFi
     net = build_network(FLAIR, None, for_training=True)
     start_from_model(net, RunConfig(FLAIR), "", finished)
     assert not caplog.records
-    start_from_model(net, RunConfig(FLAIR, PreprocessConfig(version=1)), "", finished)
-    assert "version=1" in caplog.text
+    start_from_model(net, RunConfig(FLAIR, PreprocessConfig(version=2)), "", finished)
+    assert "version=2" in caplog.text
 
 
 def test_t1_alone_needs_t1(finished: Path) -> None:
