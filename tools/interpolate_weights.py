@@ -2,7 +2,8 @@
 
     python tools/interpolate_weights.py MODEL LATER -o BETWEEN --share 0.5
 
-LATER is MODEL trained on. Settings, and the way in of a T1, are those of MODEL.
+LATER is MODEL trained on. Settings, and the way in of a T1, are those of MODEL; the version of
+preprocessing is LATER's.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from wmh_lora.config import PreprocessConfig
 from wmh_lora.errors import GridMismatchError
 from wmh_lora.preprocess_head import (
+    WHITE_MATTER_RULES,
     coarse_scan,
     find_background,
     find_head,
@@ -107,7 +108,8 @@ def preprocess(volume: Volume, config: PreprocessConfig, plane: Plane | None = N
     coarse, coarse_spacing = coarse_scan(scan, background, view.spacing_mm, volume.path)
     head = find_head(coarse, coarse_spacing, config.version)
     superior = next(i for i, axis in enumerate(view.axes) if axis == superior_axis(volume))
-    floor, white_matter = landmarks(coarse, head, coarse_spacing, superior, volume, config.version)
+    rule = WHITE_MATTER_RULES[config.version]
+    floor, white_matter = landmarks(coarse, head, coarse_spacing, superior, volume, rule)
     view = _crop(view, head, coarse_spacing, config)
 
     gain = WHITE_MATTER_LEVEL / (white_matter - floor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ from wmh_lora.view import View
 from wmh_lora.volume import Volume
 
 __all__ = [
+    "HIGHEST_PEAK",
+    "WHITE_MATTER_RULES",
+    "WhiteMatterRule",
     "coarse_scan",
     "coarse_steps",
     "fill_head",
@@ -30,8 +34,6 @@ BoolArray = npt.NDArray[np.bool_]
 
 _DISC = ndimage.generate_binary_structure(2, 1)[None]
 _COARSE_MM = 3.0
-_CORE_DEPTHS_MM = {2: (15.0, 10.0, 5.0, 0.0), 3: (10.0, 5.0, 0.0)}
-_PEAK_SHARE = 0.6  # of the highest count of a histogram, for a darker peak or shoulder to count
 _BEND_SHARE = 0.3  # of the strongest bend of a histogram, for a darker one to be a shoulder
 _PEAK_BINS = 3.0
 _BEND_BINS = 6.0  # a second derivative is noisier than the counts
@@ -39,6 +41,35 @@ _CORE_HEIGHT_MM = 110.0
 _CORE_MINIMUM_ML = 20.0
 _FLOOR_PERCENTILE = 1.0
 _LEAST_CONTRAST = 1e-4  # of the values themselves; float32 tells 256 levels apart in a third of it
+
+
+@dataclass(frozen=True)
+class WhiteMatterRule:
+    """Which mode of the histogram deep inside a head is taken for white matter.
+
+    Attributes
+    ----------
+    depths_mm
+        From the surface of the head; the first below which enough voxels lie is taken.
+    share
+        Of the highest count, for a darker mode to be taken; 1 takes the highest peak.
+    shoulders
+        Whether a shoulder of a peak is a mode.
+    """
+
+    depths_mm: tuple[float, ...]
+    share: float
+    shoulders: bool = False
+
+
+WHITE_MATTER_RULES = {
+    2: WhiteMatterRule((15.0, 10.0, 5.0, 0.0), 0.6),
+    3: WhiteMatterRule((10.0, 5.0, 0.0), 0.6, shoulders=True),
+}
+"""Those of `wmh_lora.config.PREPROCESS_VERSIONS`."""
+
+HIGHEST_PEAK = WhiteMatterRule((20.0, 10.0, 5.0, 0.0), 1.0)
+"""Whatever there is most of, for scans that may be no FLAIR."""
 
 
 def find_background(scan: FloatArray) -> BoolArray:
@@ -143,15 +174,15 @@ def landmarks(
     spacing_mm: tuple[float, float, float],
     superior: int,
     volume: Volume,
-    version: int = PREPROCESS_VERSIONS[-1],
+    rule: WhiteMatterRule,
 ) -> tuple[float, float]:
     """Return fluid and white matter: two landmarks among the intensities inside the upper head.
 
     Depth keeps scalp fat, bone and ragged extraction edges out, so that the same brain gets the
     same landmarks with its skull and without. Fluid is their first percentile. White matter is the
     darkest clear mode of their histogram: around the ventricles, lesions of 80 mL and more can
-    outnumber it, but they are brighter. In version 2 a mode is a peak, more than 15 mm inside the
-    head; in version 3 a peak or a shoulder, more than 10 mm inside, where lesions are fewer.
+    outnumber it, but they are brighter. In version 2 a mode is a peak; in version 3 a peak or a
+    shoulder, and nearer the surface, where lesions are fewer.
     """
     present = np.flatnonzero(head.any(axis=tuple(a for a in range(3) if a != superior)))
     height = int(_CORE_HEIGHT_MM / spacing_mm[superior])
@@ -165,14 +196,14 @@ def landmarks(
     )
     upper[tuple(along)] = head[tuple(along)]
     depth = ndimage.distance_transform_edt(head, sampling=spacing_mm)
-    for minimum in _CORE_DEPTHS_MM[version]:
+    for minimum in rule.depths_mm:
         core = coarse[upper & (depth > minimum)]
         if core.size * np.prod(spacing_mm) / 1000.0 > _CORE_MINIMUM_ML:
             break
     if core.size == 0:
         core = coarse[head]
     floor = float(np.percentile(core, _FLOOR_PERCENTILE))
-    white_matter = _darkest_mode(core, shoulders=version > 2)
+    white_matter = _darkest_mode(core, rule)
     if not white_matter > floor:  # more than half of the core is one dark value
         white_matter = float(core.max())
     if not white_matter > floor:
@@ -181,19 +212,19 @@ def landmarks(
     return floor, white_matter
 
 
-def _darkest_mode(values: FloatArray, *, shoulders: bool) -> float:
+def _darkest_mode(values: FloatArray, rule: WhiteMatterRule) -> float:
     """Return the darkest peak, or shoulder, of a histogram that reaches a share of the highest."""
-    smooth, edges = smooth_histogram(values, _BEND_BINS if shoulders else _PEAK_BINS)
+    smooth, edges = smooth_histogram(values, _BEND_BINS if rule.shoulders else _PEAK_BINS)
     if smooth.size == 0:
         return float(edges[-1])
     # CSF can be the sharper peak where ventricles are large: look above the darkest quarter only
     start = len(smooth) // 4
     counts = smooth[start:]
     modes = _maxima(smooth)
-    if shoulders:
+    if rule.shoulders:
         bend = -np.gradient(np.gradient(smooth))
         modes = _maxima(bend) & (bend >= _BEND_SHARE * bend[start:].max())
-    found = np.flatnonzero(modes[start:] & (counts >= _PEAK_SHARE * counts.max()))
+    found = np.flatnonzero(modes[start:] & (counts >= rule.share * counts.max()))
     # where all falls from the quarter on, there is none
     mode = start + int(found[0] if found.size else np.argmax(counts))
     return float((edges[mode] + edges[mode + 1]) / 2)

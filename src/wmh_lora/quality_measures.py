@@ -14,7 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from wmh_lora.preprocess_head import coarse_scan, find_background, find_head, landmarks
+from wmh_lora.preprocess_head import (
+    HIGHEST_PEAK,
+    coarse_scan,
+    find_background,
+    find_head,
+    landmarks,
+)
 from wmh_lora.view import choose_view, superior_axis
 from wmh_lora.volume import Volume
 
@@ -23,7 +29,7 @@ __all__ = ["ScanMeasures", "measure_scan"]
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 
-_VERSION = 2  # of head and landmarks: what the limits in `wmh_lora.quality` were set with
+_HEAD_VERSION = 2  # which the limits in `wmh_lora.quality` were set with
 _SLICES = 14  # measured slices; more change the medians by less than scans differ
 _CORE_MM = 20.0
 _TISSUE_MM = 8.0
@@ -133,9 +139,9 @@ def measure_scan(volume: Volume) -> ScanMeasures:
     scan = np.asarray(view.to_view(volume.data), dtype=np.float32)
     background = find_background(scan)
     coarse, spacing = coarse_scan(scan, background, view.spacing_mm, volume.path)
-    inside = find_head(coarse, spacing, _VERSION)
+    inside = find_head(coarse, spacing, _HEAD_VERSION)
     superior = next(i for i, axis in enumerate(view.axes) if axis == superior_axis(volume))
-    floor, white_matter = landmarks(coarse, inside, spacing, superior, volume, _VERSION)
+    floor, white_matter = landmarks(coarse, inside, spacing, superior, volume, HIGHEST_PEAK)
     # the edge of the image counts as outside: a cut head has no depth there
     depth = ndimage.distance_transform_edt(np.pad(inside, 1), sampling=spacing)[1:-1, 1:-1, 1:-1]
     nearest = tuple(

@@ -170,7 +170,8 @@ def interpolate_weights(
         Model file, whose settings the result has. Its way in of T1, if it has one, stays as it is
         where ``other`` has none.
     other : str or Path
-        The later state.
+        The later state. If it was trained on with a newer version of preprocessing, that is the
+        result's.
     target : str or Path
         Where the result goes.
     share : float
@@ -188,10 +189,13 @@ def interpolate_weights(
     """
     card, tensors = MODEL_FILE.read(path)
     later, others = MODEL_FILE.read(other)
+    version = later.preprocess.version
+    card = replace(card, preprocess=replace(card.preprocess, version=version))
     if not _alike_but_for_t1(card, later) or not 0 <= share <= 1:
         raise ConfigError(
             f"{path} and {other} must have the same [model] settings but for T1 and the same "
-            f"[preprocess] settings, and a share lies in [0, 1]; asked for {share}."
+            "[preprocess] settings but for the version, and a share lies in [0, 1]; asked for "
+            f"{share}."
         )
     for name, tensor in tensors.items():
         if name in others and tensor.is_floating_point():
