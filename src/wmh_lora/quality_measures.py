@@ -29,7 +29,7 @@ __all__ = ["ScanMeasures", "measure_scan"]
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 
-_HEAD_VERSION = 2  # which the limits in `wmh_lora.quality` were set with
+_HEAD_VERSION = 2  # of `find_head`, which the limits in `wmh_lora.quality` were set with
 _SLICES = 14  # measured slices; more change the medians by less than scans differ
 _CORE_MM = 20.0
 _TISSUE_MM = 8.0

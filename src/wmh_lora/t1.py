@@ -62,7 +62,7 @@ SMALLEST_OVERLAP = 0.5
 
 _USUAL_OVERLAP = 0.8
 _COARSE_MM = 3.0
-_HEAD_VERSION = 2  # which depths and limits were set with
+_HEAD_VERSION = 2  # of `find_head`, which the depths and limits here were set with
 _CORE_DEPTHS_MM = (20.0, 10.0, 5.0, 0.0)
 _CORE_HEIGHT_MM = 110.0
 _CORE_MINIMUM_ML = 20.0
