@@ -26,6 +26,7 @@ from wmh_lora.errors import DataError
 from wmh_lora.preprocess import preprocess
 
 TOLERANCE = 0.1
+_PIXEL_MM = 4.0  # landmarks are those of any pixel size, and fewer pixels are made sooner
 RANGES_ML = ((0.0, 20.0), (20.0, 50.0), (50.0, np.inf))
 
 
@@ -69,7 +70,7 @@ def measure(seeds: range, labelmaps: Path | None, cache: Path | None) -> Iterato
         lesions_ml = float(case.masks["wmh"].sum()) * case.volume.voxel_volume_ml
         row = {"seed": seed, "lesions_ml": round(lesions_ml, 1)}
         for version in PREPROCESS_VERSIONS:
-            found = preprocess(case.volume, PreprocessConfig(version))
+            found = preprocess(case.volume, PreprocessConfig(version, pixel_size_mm=_PIXEL_MM))
             share = (found.white_matter - found.floor) / (truth - found.floor)
             row[f"off_{version}"] = round(share - 1.0, 3)
         yield row

@@ -34,8 +34,8 @@ DecoderKind = Literal["pyramid", "upsampling"]
 
 PREPROCESS_VERSIONS = (2, 3)
 """Ways of making the network's input, the newest last: a model goes on seeing what it was trained
-on. They differ in how head and white matter are found, see `find_head` and `landmarks` in
-`wmh_lora.preprocess_head`."""
+on. They differ in how head and white matter are found, see
+`wmh_lora.preprocess_head.HEAD_RULES`."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from wmh_lora.config import PreprocessConfig
 from wmh_lora.errors import GridMismatchError
 from wmh_lora.preprocess_head import (
-    WHITE_MATTER_RULES,
+    HEAD_RULES,
     coarse_scan,
     find_background,
     find_head,
@@ -106,9 +106,9 @@ def preprocess(volume: Volume, config: PreprocessConfig, plane: Plane | None = N
     scan = np.asarray(view.to_view(volume.data), dtype=np.float32)
     background = find_background(scan)
     coarse, coarse_spacing = coarse_scan(scan, background, view.spacing_mm, volume.path)
-    head = find_head(coarse, coarse_spacing, config.version)
+    rule = HEAD_RULES[config.version]
+    head = find_head(coarse, coarse_spacing, clean_first=rule.clean_first)
     superior = next(i for i, axis in enumerate(view.axes) if axis == superior_axis(volume))
-    rule = WHITE_MATTER_RULES[config.version]
     floor, white_matter = landmarks(coarse, head, coarse_spacing, superior, volume, rule)
     view = _crop(view, head, coarse_spacing, config)
 

@@ -10,21 +10,21 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from wmh_lora.config import PREPROCESS_VERSIONS
 from wmh_lora.errors import DataError
 from wmh_lora.view import View
 from wmh_lora.volume import Volume
 
 __all__ = [
+    "HEAD_RULES",
     "HIGHEST_PEAK",
-    "WHITE_MATTER_RULES",
-    "WhiteMatterRule",
+    "HeadRule",
     "coarse_scan",
     "coarse_steps",
     "fill_head",
     "find_background",
     "find_head",
     "landmarks",
+    "largest_part",
     "shows_head",
     "smooth_histogram",
 ]
@@ -44,11 +44,13 @@ _LEAST_CONTRAST = 1e-4  # of the values themselves; float32 tells 256 levels apa
 
 
 @dataclass(frozen=True)
-class WhiteMatterRule:
-    """Which mode of the histogram deep inside a head is taken for white matter.
+class HeadRule:
+    """How a head is found, and which mode of the histogram deep inside it is white matter.
 
     Attributes
     ----------
+    clean_first
+        See `find_head`.
     depths_mm
         From the surface of the head; the first below which enough voxels lie is taken.
     share
@@ -57,18 +59,19 @@ class WhiteMatterRule:
         Whether a shoulder of a peak is a mode.
     """
 
+    clean_first: bool
     depths_mm: tuple[float, ...]
     share: float
-    shoulders: bool = False
+    shoulders: bool
 
 
-WHITE_MATTER_RULES = {
-    2: WhiteMatterRule((15.0, 10.0, 5.0, 0.0), 0.6),
-    3: WhiteMatterRule((10.0, 5.0, 0.0), 0.6, shoulders=True),
+HEAD_RULES = {
+    2: HeadRule(True, (15.0, 10.0, 5.0, 0.0), 0.6, shoulders=False),
+    3: HeadRule(False, (10.0, 5.0, 0.0), 0.6, shoulders=True),
 }
 """Those of `wmh_lora.config.PREPROCESS_VERSIONS`."""
 
-HIGHEST_PEAK = WhiteMatterRule((20.0, 10.0, 5.0, 0.0), 1.0)
+HIGHEST_PEAK = HeadRule(True, (20.0, 10.0, 5.0, 0.0), 1.0, shoulders=False)
 """Whatever there is most of, for scans that may be no FLAIR."""
 
 
@@ -93,22 +96,21 @@ def find_background(scan: FloatArray) -> BoolArray:
 
 
 def find_head(
-    coarse: FloatArray,
-    spacing_mm: tuple[float, float, float],
-    version: int = PREPROCESS_VERSIONS[-1],
+    coarse: FloatArray, spacing_mm: tuple[float, float, float], *, clean_first: bool = False
 ) -> BoolArray:
     """Find the head (or the extracted brain) on a coarse grid.
 
     Otsu's threshold (IEEE Trans SMC 9:62, 1979), holes filled slice by slice, cleaned, largest
-    component. Version 2 cleans first, which tears thin scalps, so that parts of the head are not
-    filled. Falls back to everything where the result is implausibly small.
+    component. With ``clean_first`` it is cleaned before holes are filled, which tears thin scalps,
+    so that parts of the head are lost. Falls back to everything where the result is implausibly
+    small.
     """
     smooth = ndimage.gaussian_filter(coarse, 0.7)
     bright = smooth > _otsu(smooth)
-    if version == 2:
+    if clean_first:
         head = fill_head(ndimage.binary_opening(bright, _DISC), 3)
     else:
-        head = _largest_part(ndimage.binary_opening(fill_head(bright, 3), _DISC))
+        head = largest_part(ndimage.binary_opening(fill_head(bright, 3), _DISC))
     if head.sum() * np.prod(spacing_mm) / 1000.0 < _CORE_MINIMUM_ML:
         return np.ones_like(head)
     return np.asarray(head, dtype=np.bool_)
@@ -129,11 +131,11 @@ def fill_head(marked: BoolArray, closing: int) -> BoolArray:
     head = ndimage.binary_closing(head, _DISC, iterations=closing)
     inner = slice(closing, -closing)
     head = np.stack([ndimage.binary_fill_holes(plane) for plane in head])[:, inner, inner]
-    return _largest_part(head)
+    return largest_part(head)
 
 
-def _largest_part(marked: BoolArray) -> BoolArray:
-    """Keep the largest component."""
+def largest_part(marked: BoolArray) -> BoolArray:
+    """Keep the largest component, of voxels that share a face; nothing where nothing is marked."""
     labels, count = ndimage.label(marked)
     if count > 1:
         marked = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
@@ -174,7 +176,7 @@ def landmarks(
     spacing_mm: tuple[float, float, float],
     superior: int,
     volume: Volume,
-    rule: WhiteMatterRule,
+    rule: HeadRule,
 ) -> tuple[float, float]:
     """Return fluid and white matter: two landmarks among the intensities inside the upper head.
 
@@ -182,7 +184,7 @@ def landmarks(
     same landmarks with its skull and without. Fluid is their first percentile. White matter is the
     darkest clear mode of their histogram: around the ventricles, lesions of 80 mL and more can
     outnumber it, but they are brighter. In version 2 a mode is a peak; in version 3 a peak or a
-    shoulder, and nearer the surface, where lesions are fewer.
+    shoulder, nearer the surface, where lesions are fewer.
     """
     present = np.flatnonzero(head.any(axis=tuple(a for a in range(3) if a != superior)))
     height = int(_CORE_HEIGHT_MM / spacing_mm[superior])
@@ -212,7 +214,7 @@ def landmarks(
     return floor, white_matter
 
 
-def _darkest_mode(values: FloatArray, rule: WhiteMatterRule) -> float:
+def _darkest_mode(values: FloatArray, rule: HeadRule) -> float:
     """Return the darkest peak, or shoulder, of a histogram that reaches a share of the highest."""
     smooth, edges = smooth_histogram(values, _BEND_BINS if rule.shoulders else _PEAK_BINS)
     if smooth.size == 0:

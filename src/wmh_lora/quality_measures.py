@@ -29,7 +29,6 @@ __all__ = ["ScanMeasures", "measure_scan"]
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 
-_HEAD_VERSION = 2  # of `find_head`, which the limits in `wmh_lora.quality` were set with
 _SLICES = 14  # measured slices; more change the medians by less than scans differ
 _CORE_MM = 20.0
 _TISSUE_MM = 8.0
@@ -139,7 +138,7 @@ def measure_scan(volume: Volume) -> ScanMeasures:
     scan = np.asarray(view.to_view(volume.data), dtype=np.float32)
     background = find_background(scan)
     coarse, spacing = coarse_scan(scan, background, view.spacing_mm, volume.path)
-    inside = find_head(coarse, spacing, _HEAD_VERSION)
+    inside = find_head(coarse, spacing, clean_first=HIGHEST_PEAK.clean_first)
     superior = next(i for i, axis in enumerate(view.axes) if axis == superior_axis(volume))
     floor, white_matter = landmarks(coarse, inside, spacing, superior, volume, HIGHEST_PEAK)
     # the edge of the image counts as outside: a cut head has no depth there

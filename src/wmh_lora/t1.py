@@ -62,7 +62,6 @@ SMALLEST_OVERLAP = 0.5
 
 _USUAL_OVERLAP = 0.8
 _COARSE_MM = 3.0
-_HEAD_VERSION = 2  # of `find_head`, which the depths and limits here were set with
 _CORE_DEPTHS_MM = (20.0, 10.0, 5.0, 0.0)
 _CORE_HEIGHT_MM = 110.0
 _CORE_MINIMUM_ML = 20.0
@@ -113,7 +112,7 @@ def prepare_t1(t1: Volume, prepared: Prepared, flair: Volume) -> FloatArray:
     """
     background = find_background(t1.data)
     coarse = _coarse(t1, background)
-    head = find_head(coarse.data, coarse.spacing_mm, _HEAD_VERSION)
+    head = _head(coarse.data, coarse.spacing_mm)
     overlap = _overlap(t1, coarse, head, prepared, flair)
     _judge(overlap, t1, flair)
     floor, white_matter = _landmarks(coarse, head, t1)
@@ -138,9 +137,7 @@ def overlap_of_heads(t1: Volume, prepared: Prepared, flair: Volume) -> float:
         In [0, 1]; near 1 for two scans of one session.
     """
     coarse = _coarse(t1, find_background(t1.data))
-    return _overlap(
-        t1, coarse, find_head(coarse.data, coarse.spacing_mm, _HEAD_VERSION), prepared, flair
-    )
+    return _overlap(t1, coarse, _head(coarse.data, coarse.spacing_mm), prepared, flair)
 
 
 def share_in_view(t1: Volume, flair: Volume) -> float:
@@ -220,6 +217,11 @@ def _coarse(volume: Volume, background: BoolArray) -> Volume:
     )
 
 
+def _head(coarse: FloatArray, spacing_mm: tuple[float, float, float]) -> BoolArray:
+    """Find a head as when the limits here were set, and the weights of T1 trained."""
+    return find_head(coarse, spacing_mm, clean_first=True)
+
+
 def _overlap(
     t1: Volume, coarse: Volume, head: BoolArray, prepared: Prepared, flair: Volume
 ) -> float:
@@ -229,7 +231,7 @@ def _overlap(
     steps = np.maximum(1, np.rint(_COARSE_MM / spacing)).astype(int)
     sampled = prepared.slices[:: steps[0], :: steps[1], :: steps[2]]
     along_s, along_r, along_c = (float(step) for step in steps * spacing)
-    flair_head = find_head(sampled, (along_s, along_r, along_c), _HEAD_VERSION)
+    flair_head = _head(sampled, (along_s, along_r, along_c))
     to_world = flair.affine @ _network_to_native(prepared.view) @ np.diag([*steps, 1.0])
     return shared_head(flair_head, to_world, head, coarse.affine, t1)
 
