@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from wmh_lora.components import largest_component
 from wmh_lora.errors import DataError
 from wmh_lora.view import View
 from wmh_lora.volume import Volume
@@ -24,7 +25,6 @@ __all__ = [
     "find_background",
     "find_head",
     "landmarks",
-    "largest_part",
     "shows_head",
     "smooth_histogram",
 ]
@@ -110,7 +110,7 @@ def find_head(
     if clean_first:
         head = fill_head(ndimage.binary_opening(bright, _DISC), 3)
     else:
-        head = largest_part(ndimage.binary_opening(fill_head(bright, 3), _DISC))
+        head = largest_component(ndimage.binary_opening(fill_head(bright, 3), _DISC))
     if head.sum() * np.prod(spacing_mm) / 1000.0 < _CORE_MINIMUM_ML:
         return np.ones_like(head)
     return np.asarray(head, dtype=np.bool_)
@@ -131,15 +131,7 @@ def fill_head(marked: BoolArray, closing: int) -> BoolArray:
     head = ndimage.binary_closing(head, _DISC, iterations=closing)
     inner = slice(closing, -closing)
     head = np.stack([ndimage.binary_fill_holes(plane) for plane in head])[:, inner, inner]
-    return largest_part(head)
-
-
-def largest_part(marked: BoolArray) -> BoolArray:
-    """Keep the largest component, of voxels that share a face; nothing where nothing is marked."""
-    labels, count = ndimage.label(marked)
-    if count > 1:
-        marked = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-    return np.asarray(marked, dtype=np.bool_)
+    return largest_component(head)
 
 
 def coarse_steps(

@@ -13,8 +13,13 @@ from typing import Any
 import numpy as np
 from nibabel.orientations import aff2axcodes
 from numpy.typing import NDArray
-from scipy import ndimage
 
+from wmh_lora.components import (
+    component_sizes,
+    fill_holes,
+    label_components,
+    largest_component,
+)
 from wmh_lora.errors import GridMismatchError
 from wmh_lora.volume import voxel_volume_ml
 
@@ -103,7 +108,7 @@ def find_brain(structure_masks: Mapping[str, NDArray[Any]], affine: NDArray[Any]
     box = bounding_box(marked)
     if box is None:
         return Structure(reason="the model found no brain")
-    inside = _fill_holes(_largest_component(np.asarray(marked[box]) != 0))
+    inside = fill_holes(largest_component(np.asarray(marked[box]) != 0))
     volume_ml = int(inside.sum()) * voxel_volume_ml(affine)
     if inside.size == marked.size and inside.all():
         return Structure(volume_ml=volume_ml, reason="the brain found fills the whole image")
@@ -144,11 +149,11 @@ def find_ventricles(
     if box is None:
         return Structure(reason="the model found no ventricles")
     voxel_ml = voxel_volume_ml(affine)
-    labels, count = _label(np.asarray(marked[box]) != 0, np.ones((3, 3, 3)))
-    sizes = _component_sizes(labels, count)
+    labels, count = label_components(np.asarray(marked[box]) != 0, np.ones((3, 3, 3)))
+    sizes = component_sizes(labels, count)
     keep = sizes * voxel_ml >= _VENTRICLE_PART_ML
     if brain is not None:
-        inside = _component_sizes(labels * brain[box], count)
+        inside = component_sizes(labels * brain[box], count)
         keep &= inside >= _INSIDE_SHARE * sizes
     keep[0] = False
     kept = np.asarray(keep[labels], dtype=np.bool_)
@@ -247,40 +252,6 @@ def surface(mask: BoolArray) -> BoolArray:
         inner[tuple(behind)] &= mask[tuple(ahead)]
         inner[tuple(ahead)] &= mask[tuple(behind)]
     return np.asarray(mask & ~inner, dtype=np.bool_)
-
-
-def _largest_component(mask: BoolArray) -> BoolArray:
-    labels, count = _label(mask)
-    if count <= 1:
-        return mask
-    sizes = _component_sizes(labels, count)
-    sizes[0] = 0
-    return np.asarray(labels == int(sizes.argmax()), dtype=np.bool_)
-
-
-def _label(mask: BoolArray, neighbours: NDArray[Any] | None = None) -> tuple[NDArray[Any], int]:
-    """Number the components, in two bytes a voxel where that is enough."""
-    try:
-        labels, count = ndimage.label(mask, neighbours, output=np.uint16)
-    except RuntimeError:  # more than 65,535 of them
-        labels, count = ndimage.label(mask, neighbours)
-    return labels, count
-
-
-def _component_sizes(labels: NDArray[Any], count: int) -> NDArray[np.int64]:
-    """Count the voxels of background and of each component."""
-    sizes = np.zeros(count + 1, dtype=np.int64)
-    for part in labels:  # slice by slice: counting casts to 8 bytes a voxel
-        sizes += np.bincount(part.ravel(), minlength=count + 1)
-    return sizes
-
-
-def _fill_holes(mask: BoolArray) -> BoolArray:
-    """Fill what is enclosed on all sides; far faster than by growing from the border."""
-    labels, count = _label(np.pad(~mask, 1, constant_values=True))
-    if count <= 1:
-        return mask
-    return np.asarray(labels != labels[0, 0, 0], dtype=np.bool_)[1:-1, 1:-1, 1:-1]
 
 
 def _paste(part: BoolArray, box: tuple[slice, slice, slice], shape: tuple[int, ...]) -> BoolArray:

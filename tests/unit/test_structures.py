@@ -8,7 +8,6 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff
 
 from wmh_lora.errors import GridMismatchError
 from wmh_lora.structures import (
-    _largest_component,
     border_areas_cm2,
     bounding_box,
     check_grid,
@@ -130,12 +129,3 @@ def test_surface_is_what_an_erosion_removes(rng: np.random.Generator) -> None:
 def test_another_grid_is_refused() -> None:
     with pytest.raises(GridMismatchError, match=r"ventricles map has shape \(2, 2, 2\)"):
         check_grid((3, 3, 3), {"ventricles": np.zeros((2, 2, 2))})
-
-
-def test_more_components_than_two_bytes_can_number_are_told_apart() -> None:
-    mask = np.zeros((84, 84, 84), dtype=np.bool_)
-    mask[::2, ::2, ::2] = True  # 74,088 voxels on their own
-    mask[-2:, -2:, -1] = True  # grows the last one to five
-    largest = _largest_component(mask)
-    assert largest.sum() == 5
-    assert largest[82:, 82:, 82:].sum() == 5

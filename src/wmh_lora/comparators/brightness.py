@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from wmh_lora.components import largest_component
 from wmh_lora.config import PreprocessConfig
 from wmh_lora.evaluation.sweep import sweep
 from wmh_lora.preprocess import WHITE_MATTER_LEVEL, Prepared, preprocess, restore
-from wmh_lora.preprocess_head import largest_part
 from wmh_lora.volume import Volume
 
 __all__ = ["brain_of", "brightness_map", "choose_k", "scale_of"]
@@ -51,7 +51,7 @@ def brain_of(prepared: Prepared) -> BoolArray:
     pixel = prepared.config.pixel_size_mm
     tissue = (prepared.slices > low) & (prepared.slices < high)
     depth = np.stack([_depth(plane) for plane in tissue]) * pixel
-    core = largest_part(depth > _BRIDGE_MM)
+    core = largest_component(depth > _BRIDGE_MM)
     brain = np.zeros_like(tissue)
     for plane, centre, bright in zip(brain, core, prepared.slices > low):
         if centre.any():

@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from wmh_lora.components import largest_component
 from wmh_lora.data.registration import register_to_template
 from wmh_lora.errors import DataError
 from wmh_lora.files import open_atomic
-from wmh_lora.preprocess_head import largest_part
 from wmh_lora.volume import Volume
 
 LabelArray = npt.NDArray[np.uint8]
@@ -172,7 +172,7 @@ def tissues_of_codes(codes: npt.NDArray[np.int16]) -> LabelArray:
 def _resolve_wrapped(codes: npt.NDArray[np.int16], tissue: LabelArray) -> None:
     """Tell left-hemisphere codes 2 to 5 from head tissues stored under the same numbers."""
     # opened first: dural sinuses share the code and touch white matter here and there
-    core = largest_part(ndimage.binary_erosion(codes == 2, iterations=2))
+    core = largest_component(ndimage.binary_erosion(codes == 2, iterations=2))
     white = ndimage.binary_dilation(core, iterations=7, mask=codes == 2)
     tissue[white] = Tissue.WHITE_MATTER
     tissue[(codes == 2) & ~white] = Tissue.OTHER
@@ -186,7 +186,7 @@ def _resolve_wrapped(codes: npt.NDArray[np.int16], tissue: LabelArray) -> None:
         tissue[ventricle] = Tissue.VENTRICLE
     # grey ribbon hugs white matter; the skull lies nearer to scalp and marrow
     shell = np.isin(tissue, (Tissue.SOFT, Tissue.SKIN, Tissue.MARROW, Tissue.AIR))
-    to_shell = ndimage.distance_transform_edt(~largest_part(shell | (codes == 0)))
+    to_shell = ndimage.distance_transform_edt(~largest_component(shell | (codes == 0)))
     to_white = ndimage.distance_transform_edt(~white)
     cortex = (codes == 3) & (to_white <= 7.0) & (to_white < to_shell + 1.0)
     cortex = ndimage.binary_opening(cortex, iterations=1) | (cortex & (to_white <= 3.0))
