@@ -29,6 +29,9 @@ COLOURS_RGB = {
 """Vermilion, yellow, sky blue, purple and green of the Okabe-Ito palette, brightened: told apart
 by every reader, and none occurs in a grey picture. What is not assessable is grey."""
 
+_RANKS = (("grown", "shrunk"), ("vanished",), ("new",))
+"""Changes, in the order of what a reader looks for, last things first."""
+
 _SLICES = 8
 _COLUMNS = 4
 _TILE_PX = 360  # of the longer side
@@ -56,8 +59,9 @@ def follow_up_figure(
     Returns
     -------
     PIL.Image.Image
-        RGB. Each part of the head is shown by the slice with the largest changed area. Changes that
-        are too small are not outlined.
+        RGB. Each part of the head is shown by the slice with most of its new lesions; without any,
+        of those that vanished, or else of those that changed. Changes that are too small are not
+        outlined.
     """
     view = choose_view(Volume(scans[0], result.alignment.affine), 1.0)
     stacks = [view.to_view(scan) for scan in scans]
@@ -87,8 +91,11 @@ def _common_box(frames: Sequence[Frame]) -> tuple[slice, slice]:
 
 
 def _rows(tissue: npt.NDArray[np.bool_], kinds: npt.NDArray[np.uint8]) -> list[int]:
-    changed = np.isin(kinds, [CHANGES[k] for k in ("new", "grown", "shrunk", "vanished")])
-    return choose_slices(tissue, changed if changed.any() else kinds > 0, _SLICES)
+    """Choose slices; what ranks higher is shown however small it is."""
+    interest = np.zeros(kinds.shape)
+    for rank, names in enumerate(_RANKS):
+        interest[np.isin(kinds, [CHANGES[name] for name in names])] = float(kinds[0].size) ** rank
+    return choose_slices(tissue, interest if interest.any() else kinds > 0, _SLICES)
 
 
 def _tile(

@@ -156,7 +156,7 @@ def frame_head(scan: NDArray[np.float32], drawn: NDArray[np.bool_]) -> Frame:
     return Frame(tissue, rows, columns, window)
 
 
-def choose_slices(tissue: NDArray[np.bool_], lesions: NDArray[np.bool_], count: int) -> list[int]:
+def choose_slices(tissue: NDArray[np.bool_], lesions: NDArray[Any], count: int) -> list[int]:
     """Choose slices that cover the head evenly and show lesions where there are any.
 
     The head is cut into ``count`` equal parts; each gives the slice with the largest lesion area,
@@ -164,8 +164,10 @@ def choose_slices(tissue: NDArray[np.bool_], lesions: NDArray[np.bool_], count: 
 
     Parameters
     ----------
-    tissue, lesions : bool arrays (S, H, W)
-        Foreground and lesions.
+    tissue : bool array (S, H, W)
+        Foreground.
+    lesions : bool or float array (S, H, W)
+        Lesions; numbers weigh their pixels.
     count : int
         How many at most.
 
