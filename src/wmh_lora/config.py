@@ -184,14 +184,14 @@ class InferenceConfig:
         ``threshold`` of scans that are seen in three planes: at borders, where planes differ, their
         mean is lower than what one plane gives. None is the same.
     zoom : float
-        Above 1, slices with evidence of a lesion (all, unless `adaptive`) are seen once more, so
-        many times larger, and what is found is averaged; at most 2.
+        Above 1, slices with evidence of a lesion are seen once more, so many times larger, around
+        the evidence, and what is found is averaged; at most 2.
     batch_size : int
         Slices sent through the network at once. Changes memory and speed, not results.
     adaptive : bool
-        Compute no slices without a head, and show the further views of `tta`, planes and `zoom`
-        only slices in or beside which the first view finds evidence of a lesion. An approximation,
-        see docs/speed.md.
+        Compute no slices without a head, and show the further views of `tta` and planes only slices
+        in or beside which the first view finds evidence of a lesion. An approximation, see
+        docs/speed.md.
     precision : {"auto", "float32", "bfloat16"}
         Of the network's products. ``"auto"`` takes half precision where the processor computes in
         it, which is an approximation as well.

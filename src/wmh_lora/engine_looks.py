@@ -113,9 +113,10 @@ def average_looks(
     looks
         Which there are, the first among them.
     evidence_only
-        Show in further looks only slices with evidence of lesion in the first, cut to where
-        there is some; what they leave out keeps the first look's probability, which is below
-        `wmh_lora.engine_views.EVIDENCE`. Otherwise they are shown whole.
+        Show other planes, as the larger look always is, only slices with evidence of lesion in the
+        first look, cut to where there is some; what they leave out keeps the first look's
+        probability, which is below `wmh_lora.engine_views.EVIDENCE`. Otherwise they are shown
+        whole.
 
     Returns
     -------
@@ -128,18 +129,20 @@ def average_looks(
     if first.deviation is not None:
         square += first.deviation**2
     seen = np.ones_like(total)
-    evidence = first.probability >= EVIDENCE if evidence_only else None
-    if evidence is None or evidence.any():
-        for look in _further_looks(slices, prepared, looks):
-            stack, marked, window = look.stack(slices, evidence, prepared.config)
-            maps = see(stack, marked)
-            total += look.back(window.place(maps.probability))
-            spread = maps.probability**2
-            if maps.deviation is not None:
-                spread += maps.deviation**2
-            square += look.back(window.place(spread))
-            shown = np.broadcast_to(marked[:, None, None], stack.slices.shape)
-            seen += look.back(window.place(shown))
+    evidence = first.probability >= EVIDENCE
+    for look in _further_looks(slices, prepared, looks):
+        where = evidence if evidence_only or look.zoom > 1.0 else None
+        if where is not None and not where.any():
+            continue
+        stack, marked, window = look.stack(slices, where, prepared.config)
+        maps = see(stack, marked)
+        total += look.back(window.place(maps.probability))
+        spread = maps.probability**2
+        if maps.deviation is not None:
+            spread += maps.deviation**2
+        square += look.back(window.place(spread))
+        shown = np.broadcast_to(marked[:, None, None], stack.slices.shape)
+        seen += look.back(window.place(shown))
     total /= seen
     square /= seen
     deviation = np.sqrt(np.maximum(square - total**2, 0.0))

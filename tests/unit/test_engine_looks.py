@@ -148,7 +148,8 @@ def test_what_disappears_from_closer_by_is_halved() -> None:
     assert averaged.probability[sure].min() > 0.5
 
 
-def test_closer_by_only_evidence_is_seen_with_a_margin_around_it() -> None:
+@pytest.mark.parametrize("evidence_only", [True, False])
+def test_closer_by_only_evidence_is_seen_with_a_margin_around_it(evidence_only: bool) -> None:
     prepared = preprocess(isotropic_head(), CONFIG)
     first = SliceMaps(np.zeros(prepared.slices.shape, np.float32), None, {})
     first.probability[20, 30:32, 24:26] = 0.2
@@ -160,7 +161,7 @@ def test_closer_by_only_evidence_is_seen_with_a_margin_around_it() -> None:
         probability[~marked] = 0.0
         return SliceMaps(probability, None, {})
 
-    averaged = _average(prepared, first, see, evidence_only=True, zoom=1.5)
+    averaged = _average(prepared, first, see, evidence_only=evidence_only, zoom=1.5)
     ((stack, marked),) = shown
     assert (stack.plane, stack.context_offset) == (prepared.view.plane, prepared.context_offset)
     assert np.flatnonzero(marked).tolist() == [20]
@@ -177,15 +178,20 @@ def test_closer_by_only_evidence_is_seen_with_a_margin_around_it() -> None:
     assert not averaged.probability[untouched].any()
 
 
-@pytest.mark.parametrize("looks", [{"planes": 3}, {"zoom": 1.2}, {"planes": 3, "zoom": 1.2}])
-def test_without_evidence_nothing_further_is_seen(looks: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("looks", "evidence_only"),
+    [({"planes": 3, "zoom": 1.2}, True), ({"planes": 3}, True), ({"zoom": 1.2}, False)],
+)
+def test_without_evidence_nothing_further_is_seen(
+    looks: dict[str, Any], evidence_only: bool
+) -> None:
     prepared = preprocess(isotropic_head(), CONFIG)
     first = SliceMaps(np.full(prepared.slices.shape, 0.05, np.float32), None, {})
 
     def refuse(stack: Stack, shown: NDArray[np.bool_] | None) -> SliceMaps:
         raise AssertionError(f"{stack.plane} was shown")
 
-    averaged = _average(prepared, first, refuse, evidence_only=True, **looks)
+    averaged = _average(prepared, first, refuse, evidence_only=evidence_only, **looks)
     np.testing.assert_allclose(averaged.probability, 0.05, atol=1e-6)
 
 
