@@ -120,13 +120,13 @@ def volume_strip(dots: Sequence[Dot], offset_ml: float) -> Markup:
             f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 5}"/>'
             f'<text x="{x:.1f}" y="{base + 20}">{tick:g}</text>'
         )
-    columns: dict[int, int] = {}
+    ends: list[float] = []  # where the last dot of each level is, the lowest level first
     for dot in sorted(dots, key=lambda dot: (dot.volume_ml, dot.name)):
         x = x_of(dot.volume_ml)
-        column = round(x / (2 * _DOT_PX))
-        level = columns[column] = columns.get(column, 0) + 1
+        level = next((i for i, end in enumerate(ends) if x - end >= 2 * _DOT_PX), len(ends))
+        ends[level : level + 1] = [x]
         # more dots than fit above each other lie on one another at the top
-        y = max(_DOT_PX + 1, base - 2 - (2 * level - 1) * _DOT_PX)
+        y = max(_DOT_PX + 1, base - 2 - (2 * level + 1) * _DOT_PX)
         parts.append(_dot(dot, x, y))
     middle = float(np.median([dot.volume_ml for dot in dots]))
     label = f"WMH volumes of {len(dots)} scans, median {middle:.2f} mL, largest {largest:.2f} mL"

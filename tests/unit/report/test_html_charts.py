@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 
 from wmh_lora.report.html_charts import Dot, size_histogram, volume_strip
@@ -53,3 +54,11 @@ def test_strip_orders_by_volume_and_links() -> None:
 def test_equal_volumes_are_stacked() -> None:
     svg = parsed(volume_strip([Dot(f"s{n}", 2.0, None, False) for n in range(4)], 0.1))
     assert len({e.get("cy") for e in svg.iter("circle")}) == 4
+
+
+def test_dots_of_similar_volumes_do_not_cover_each_other() -> None:
+    volumes = 10.0 + 0.13 * np.arange(40.0)
+    svg = parsed(volume_strip([Dot(f"s{v}", float(v), None, False) for v in volumes], 0.1))
+    at = np.array([[float(str(e.get(k))) for k in ("cx", "cy")] for e in svg.iter("circle")])
+    apart = np.linalg.norm(at[:, None] - at[None], axis=-1)[~np.eye(len(at), dtype=bool)]
+    assert apart.min() > 9.8  # a dot is 9 wide
