@@ -22,6 +22,7 @@ PACKAGE = "wmh_lora"
 LAYERS: tuple[tuple[str, int], ...] = (
     ("_version", 0),
     ("downloads", 0),
+    ("components", 0),
     ("errors", 0),
     ("files", 0),
     ("logs", 0),
