@@ -440,12 +440,12 @@ class WMHInferenceEngine:
                 (len(stack.slices), *stack.slices.shape[1:]),
                 views,
                 batch_size,
-                shown=shown if config.adaptive else None,
+                shown=shown,
                 reach=stack.context_offset if config.adaptive else None,
                 progress=None if steps is None else steps.part(),
             )
 
-        maps = see(slices, prepared.shows_head)
+        maps = see(slices, prepared.shows_head if config.adaptive else None)
         if looks.count > 1:
             maps = average_looks(slices, prepared, maps, see, looks, evidence_only=config.adaptive)
         if steps is not None:

@@ -180,7 +180,12 @@ def test_closer_by_only_evidence_is_seen_with_a_margin_around_it(evidence_only: 
 
 @pytest.mark.parametrize(
     ("looks", "evidence_only"),
-    [({"planes": 3, "zoom": 1.2}, True), ({"planes": 3}, True), ({"zoom": 1.2}, False)],
+    [
+        ({"planes": 3}, True),
+        ({"zoom": 1.2}, True),
+        ({"zoom": 1.2}, False),
+        ({"planes": 3, "zoom": 1.2}, True),
+    ],
 )
 def test_without_evidence_nothing_further_is_seen(
     looks: dict[str, Any], evidence_only: bool
@@ -293,6 +298,20 @@ def test_three_planes_have_a_threshold_of_their_own(
     found = WMHInferenceEngine(model, "cpu").segment(isotropic_head(spacing_mm), **given)
     assert found.settings["threshold"] == expected
     np.testing.assert_array_equal(found.mask, found.probability >= np.float32(expected))
+
+
+def test_closer_by_the_engine_shows_evidence_alone_whether_adaptive_or_not() -> None:
+    shown = []
+    for adaptive in (True, False):
+        model = _model(zoom=1.2)
+        WMHInferenceEngine(model, "cpu").segment(isotropic_head(), adaptive=adaptive)
+        pictures: dict[tuple[int, ...], int] = {}
+        for count, _, *size in model.net.seen:  # type: ignore[union-attr]
+            pictures[tuple(size)] = pictures.get(tuple(size), 0) + count
+        whole, closer = pictures.values()
+        assert closer < whole
+        shown.append(closer)
+    assert shown[0] == shown[1]
 
 
 @pytest.mark.parametrize("looks", [{"planes": "all"}, {"zoom": 1.2}])
