@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
 def thick_scan(scan: Volume, count: int) -> Volume:
     """Average a scan over as many neighbouring slices along its last axis."""
     affine = scan.affine.copy()
+    affine[:3, 3] += (count - 1) / 2 * affine[:3, 2]  # to the middle of the first slice
     affine[:3, 2] *= count
     return Volume(average_slices(scan.data, count), affine)
 

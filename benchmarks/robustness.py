@@ -64,7 +64,7 @@ def _blur(volume: Volume) -> FloatArray:
     return np.asarray(ndimage.gaussian_filter(volume.data, sigma), dtype=np.float32)
 
 
-def _noise(volume: Volume) -> FloatArray:
+def add_noise(volume: Volume) -> FloatArray:
     """Add Rician noise of 4 % of the brightest tissue."""
     unit, top = _unit(volume.data)
     rng = np.random.default_rng(SEED)
@@ -93,7 +93,7 @@ CHANGES: Mapping[str, Callable[[Volume], FloatArray]] = {
     "s-curve": _s_curve,
     "coil": _coil,
     "blur 0.8 mm": _blur,
-    "noise 4 %": _noise,
+    "noise 4 %": add_noise,
     "slice drift 4 %": _drift,
     "clipped at 99 %": _clip,
 }

@@ -21,7 +21,7 @@ __all__ = ["longitudinal"]
 _RESOURCES = frozenset({"device", "backend", "threads", "max_memory"})
 """Options that scripts may give to every command: they change no result."""
 
-_KINDS = ("new", "grown", "shrunk", "stable", "vanished", "not assessable", "too small")
+_KINDS = ("new", "grown", "shrunk", "stable", "vanished", "doubtful", "not assessable", "too small")
 
 
 class _ManyFiles(click.Command):
@@ -119,8 +119,8 @@ def longitudinal(
     """Compare FLAIR scans of two or more visits of one person, in the order given.
 
     Each scan is segmented as it is; the scans are registered half-way between the visits, where
-    lesions are matched as new, grown, shrunk, stable or vanished. docs/longitudinal.md has the
-    rules and the files.
+    lesions are matched as new, grown, shrunk, stable, vanished or doubtful. docs/longitudinal.md
+    has the rules and the files.
 
     Exit code: 0 done; 1 an input failed; 2 wrong usage or settings.
     """

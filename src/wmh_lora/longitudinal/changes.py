@@ -1,4 +1,4 @@
-"""Lesions followed from visit to visit: new, grown, shrunk, stable or vanished.
+"""Lesions followed from visit to visit: new, grown, shrunk, stable, vanished or doubtful.
 
 Lesions are the 26-connected components of each visit's own mask, and their volumes are counted on
 its own voxels; the half-way space only tells which lesions of different visits are the same.
@@ -35,6 +35,7 @@ CHANGES: dict[str, int] = {
     "vanished": 5,
     "not assessable": 6,
     "too small": 7,
+    "doubtful": 8,
     "absent": 0,
 }
 """Kinds of change, and their numbers in the labelled map."""
@@ -58,6 +59,11 @@ class Rules:
         "too small".
     min_share_in_view : float
         A lesion of which a visit's field of view holds less is not assessable there.
+    min_evidence : float
+        A lesion of one visit's mask is no news, but doubtful, where the other visit's lesion
+        probability reaches this
+    min_share_with_evidence : float
+        in at least this share of the lesion.
     """
 
     min_change_ml: float = 0.05
@@ -65,15 +71,16 @@ class Rules:
     boundary_sd_voxels: float = 0.29
     min_lesion_ml: float = 0.014
     min_share_in_view: float = 0.9
+    min_evidence: float = 0.1
+    min_share_with_evidence: float = 0.1
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not 0.0 <= value < np.inf:
                 raise ConfigError(f"{name} must be zero or more, found {value}.")
-        if self.min_share_in_view > 1.0:
-            raise ConfigError(
-                f"min_share_in_view must lie between 0 and 1, found {self.min_share_in_view}."
-            )
+        for name in ("min_share_in_view", "min_evidence", "min_share_with_evidence"):
+            if (value := getattr(self, name)) > 1.0:
+                raise ConfigError(f"{name} must lie between 0 and 1, found {value}.")
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,9 @@ class FollowedLesion:
         How many components it has at each visit.
     share_in_view : tuple of floats
         How much of it lies in each visit's field of view, in [0, 1].
+    share_with_evidence : tuple of floats
+        In how much of it each visit's lesion probability reaches the rules' evidence, in [0, 1];
+        0 where a visit has no probability.
     centroid_mm : three floats
         Centre of mass in the half-way space.
     changes : tuple of LesionChange
@@ -131,6 +141,7 @@ class FollowedLesion:
     volume_ml: tuple[float, ...]
     parts: tuple[int, ...]
     share_in_view: tuple[float, ...]
+    share_with_evidence: tuple[float, ...]
     centroid_mm: tuple[float, float, float]
     changes: tuple[LesionChange, ...]
 
@@ -147,6 +158,7 @@ class _Found:
 def follow_lesions(
     volumes: Sequence[Volume],
     masks: Sequence[npt.NDArray[Any]],
+    probabilities: Sequence[npt.NDArray[np.float32] | None],
     alignment: Alignment,
     intervals: Sequence[tuple[int, int]],
     rules: Rules,
@@ -155,12 +167,16 @@ def follow_lesions(
 
     Lesions of two visits are the same where half-way voxels of one lie on or beside (26 neighbours)
     voxels of the other: a lesion is new only if no voxel of the earlier mask is within one voxel of
-    it. Lesions that merge, split or touch a common one are followed as one.
+    it. Lesions that merge, split or touch a common one are followed as one. A lesion that one mask
+    misses by its threshold or peak alone has neither come nor gone: it is doubtful.
 
     Parameters
     ----------
     volumes, masks
         The scans, and their lesions on their own voxels.
+    probabilities
+        Of a lesion, in [0, 1] on the scans' own voxels; None for a visit of which only the mask is
+        known.
     alignment
         From `wmh_lora.longitudinal.align.align_visits`.
     intervals
@@ -189,6 +205,14 @@ def follow_lesions(
         _means(labels[where], alignment.in_view(i, volume)[where], total)
         for i, volume in enumerate(volumes)
     ]
+    evidence = []
+    for i, (volume, probability) in enumerate(zip(volumes, probabilities, strict=True)):
+        if probability is None:
+            evidence.append(np.zeros(total))
+            continue
+        enough = np.asarray(probability >= rules.min_evidence, dtype=np.int32)
+        enough = alignment.labels(i, volume, enough)
+        evidence.append(_means(labels[where], enough[where], total))
     centroids = np.stack([_means(labels[where], axis, total) for axis in where], axis=1)
     centroids = centroids @ alignment.affine[:3, :3].T + alignment.affine[:3, 3]
     lesions = []
@@ -198,11 +222,13 @@ def follow_lesions(
         sd_ml = [float(np.linalg.norm(v.sd_ml[m])) for v, m in zip(found, members)]
         parts = tuple(int(m.sum()) for m in members)
         share = tuple(float(s[n]) for s in shares)
+        seen = tuple(float(s[n]) for s in evidence)
         changes = tuple(
-            _judge(before, after, ml, sd_ml, parts, share, rules) for before, after in intervals
+            _judge(before, after, ml, sd_ml, parts, share, seen, rules)
+            for before, after in intervals
         )
         x, y, z = (float(c) for c in centroids[n])
-        lesions.append(FollowedLesion(n + 1, ml, parts, share, (x, y, z), changes))
+        lesions.append(FollowedLesion(n + 1, ml, parts, share, seen, (x, y, z), changes))
     return _largest_first(lesions, labels)
 
 
@@ -261,6 +287,7 @@ def _judge(
     sd_ml: Sequence[float],
     parts: Sequence[int],
     share: Sequence[float],
+    seen: Sequence[float],
     rules: Rules,
 ) -> LesionChange:
     """Say what became of a lesion between two visits."""
@@ -277,8 +304,11 @@ def _judge(
         kind = "not assessable"
     elif smaller == 0.0:
         kind = "new" if first == 0.0 else "vanished"
+        missing = before if first == 0.0 else after
         if larger < rules.min_lesion_ml:
             kind = "too small"
+        elif seen[missing] > 0.0 and seen[missing] >= rules.min_share_with_evidence:
+            kind = "doubtful"
     elif abs(change) >= max(rules.min_change_ml, rules.min_change_percent / 100.0 * smaller):
         kind = "grown" if change > 0 else "shrunk"
     else:

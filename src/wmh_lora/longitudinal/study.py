@@ -48,7 +48,8 @@ class Visit:
     mask : array (I, J, K)
         Lesions on its own voxels; non-zero is lesion.
     segmentation : Segmentation or None
-        Where the mask comes from, if it was made here; its brain mask guides the registration.
+        Where the mask comes from, if it was made here; its brain mask guides the registration, and
+        its probability tells lesions that are new from those that were doubtful.
     warnings : tuple of str
         What is to be known of it.
     """
@@ -58,6 +59,11 @@ class Visit:
     mask: npt.NDArray[Any]
     segmentation: Segmentation | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def probability(self) -> npt.NDArray[np.float32] | None:
+        """Lesion probability on the scan's own voxels; None where only the mask is known."""
+        return None if self.segmentation is None else self.segmentation.probability
 
     @classmethod
     def of(cls, name: str, segmentation: Segmentation) -> Visit:
@@ -216,7 +222,12 @@ def compare_visits(
         volumes = _measure(visits, alignment, rules)
         intervals = intervals_between(len(visits))
         lesions, labels = follow_lesions(
-            scans, [visit.mask for visit in visits], alignment, intervals, rules
+            scans,
+            [visit.mask for visit in visits],
+            [visit.probability for visit in visits],
+            alignment,
+            intervals,
+            rules,
         )
     totals = tuple(
         _total(i, j, volumes[i], volumes[j], within_subject_cv_percent) for i, j in intervals

@@ -50,6 +50,7 @@ CHANGES_DICTIONARY: Mapping[str, Mapping[str, Any]] = {
             "shrunk": "Smaller by at least the rules' volume and percentage",
             "stable": "Seen at both visits, neither grown nor shrunk",
             "vanished": "Not within one voxel of any lesion of the later visit",
+            "doubtful": "In the mask of one visit only, but with some probability at the other",
             "not assessable": "Lies outside the field of view of one of the visits",
             "too small": "Seen at one visit only, and smaller than the rules' smallest lesion",
         },

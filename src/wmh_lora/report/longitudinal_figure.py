@@ -24,12 +24,13 @@ COLOURS_RGB = {
     "shrunk": (86, 180, 233),
     "vanished": (224, 120, 190),
     "stable": (0, 190, 140),
+    "doubtful": (110, 120, 255),
     "not assessable": (150, 150, 150),
 }
-"""Vermilion, yellow, sky blue, purple and green of the Okabe-Ito palette, brightened: told apart
-by every reader, and none occurs in a grey picture. What is not assessable is grey."""
+"""Vermilion, yellow, sky blue, purple, green and blue of the Okabe-Ito palette, brightened: told
+apart by every reader, and none occurs in a grey picture. What is not assessable is grey."""
 
-_RANKS = (("grown", "shrunk"), ("vanished",), ("new",))
+_RANKS = (("doubtful",), ("grown", "shrunk"), ("vanished",), ("new",))
 """Changes, in the order of what a reader looks for, last things first."""
 
 _SLICES = 8

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from wmh_lora.cli.longitudinal import _KINDS
+from wmh_lora.errors import ConfigError
 from wmh_lora.longitudinal.align import align_visits
 from wmh_lora.longitudinal.changes import CHANGES, FollowedLesion, Rules, follow_lesions
 from wmh_lora.longitudinal.repeatability import boundary_sd_ml
 from wmh_lora.volume import Volume
 
+Probabilities = Sequence[np.ndarray | None]
 SHAPE = (30, 30, 30)
 
 
@@ -30,10 +34,18 @@ def box(start: int, stop: int, low: int = 10, high: int = 16) -> tuple[slice, sl
     return slice(start, stop), slice(low, high), slice(low, high)
 
 
-def follow(first: np.ndarray, second: np.ndarray, **rules: float) -> list[FollowedLesion]:
+def follow(
+    first: np.ndarray,
+    second: np.ndarray,
+    probabilities: Probabilities = (None, None),
+    /,
+    **rules: float,
+) -> list[FollowedLesion]:
     scans = [scan(), scan()]
     alignment = align_visits(scans, register=False)
-    lesions, labels = follow_lesions(scans, [first, second], alignment, [(0, 1)], Rules(**rules))
+    lesions, labels = follow_lesions(
+        scans, [first, second], probabilities, alignment, [(0, 1)], Rules(**rules)
+    )
     assert labels.max() == len(lesions)
     return lesions
 
@@ -72,6 +84,45 @@ def test_specks_are_not_new_lesions() -> None:
     speck = mask((slice(5, 7), slice(5, 7), slice(5, 7)))
     assert kinds(follow(mask(), speck)) == ["too small"]
     assert kinds(follow(mask(), speck, min_lesion_ml=0.0)) == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("level", "slices", "expected"),
+    [(0.3, 10, "doubtful"), (0.3, 1, "doubtful"), (0.3, 0, "new"), (0.09, 10, "new")],
+)
+def test_what_the_other_visit_half_shows_is_doubtful(
+    level: float, slices: int, expected: str
+) -> None:
+    lesion, empty = mask(box(5, 15)), mask()
+    sure = 0.9 * lesion.astype(np.float32)
+    pale = level * mask(box(5, 5 + slices)).astype(np.float32)
+    assert kinds(follow(empty, lesion, [pale, sure])) == [expected]
+    gone = {"new": "vanished"}.get(expected, expected)
+    assert kinds(follow(lesion, empty, [sure, pale])) == [gone]
+    assert kinds(follow(lesion, empty, [sure, None])) == ["vanished"]
+    assert kinds(follow(lesion, lesion, [sure, pale])) == ["stable"]
+
+
+def test_how_much_evidence_makes_doubt_is_a_rule() -> None:
+    lesion = mask(box(5, 15))
+    third = 0.3 * mask(box(5, 8)).astype(np.float32)
+    for rule, value, expected in (
+        ("min_share_with_evidence", 0.3, "doubtful"),
+        ("min_share_with_evidence", 0.31, "new"),
+        ("min_share_with_evidence", 0.0, "doubtful"),
+        ("min_evidence", 0.31, "new"),
+    ):
+        assert kinds(follow(mask(), lesion, (third, None), **{rule: value})) == [expected]
+        with pytest.raises(ConfigError, match=rule):
+            Rules(**{rule: 1.1})
+    (followed,) = follow(mask(), lesion, (third, None))
+    np.testing.assert_allclose(followed.share_with_evidence, (0.3, 0.0))
+
+
+def test_specks_are_too_small_before_they_are_doubtful() -> None:
+    speck = mask((slice(5, 7), slice(5, 7), slice(5, 7)))
+    pale = 0.3 * speck.astype(np.float32)
+    assert kinds(follow(mask(), speck, [pale, None])) == ["too small"]
 
 
 def test_growth_must_pass_volume_and_percentage() -> None:
