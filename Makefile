@@ -62,7 +62,7 @@ bench: install ## all benchmarks, JSON in runs/bench; needs a quiet machine, tak
 	$(BIN)/python -m benchmarks.training --json runs/bench/training.json --markdown runs/bench/training.md
 	$(BIN)/python -m benchmarks.evaluation --json runs/bench/evaluation.json --markdown runs/bench/evaluation.md
 
-train: install ## train the default model again: make train DATA=folder
+train: install ## train the preset that the default model began with: make train DATA=folder
 	@test -n "$(DATA)" || { echo "name the folder of the training data: make train DATA=../shared/data" >&2; exit 2; }
 	$(BIN)/wmh-lora train compact-synthetic --set data.root="$(DATA)" -o runs/compact
 

@@ -1,4 +1,4 @@
-"""Find white matter hyperintensities in FLAIR MRI with a foundation encoder adapted by LoRA.
+"""Find white matter hyperintensities in FLAIR MRI: small encoders, or large ones with LoRA.
 
 In one call::
 

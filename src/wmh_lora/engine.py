@@ -21,7 +21,7 @@ from torch import nn
 from wmh_lora.config import InferenceConfig, PreprocessConfig, TtaMode
 from wmh_lora.engine_brain import below_skull, within_brain
 from wmh_lora.engine_contrast import without_haze
-from wmh_lora.engine_device import NetworkOnDevice, choose_device, choose_dtype, device_errors
+from wmh_lora.engine_device import NetworkOnDevice, choose_device, device_errors
 from wmh_lora.engine_looks import Looks, Stack, average_looks, whole_stack
 from wmh_lora.engine_memory import ScanSize, looks_within
 from wmh_lora.engine_scan import (
@@ -163,7 +163,7 @@ class WMHInferenceEngine:
 
     Examples
     --------
-    The steps one by one::
+    The steps one by one, with the published threshold::
 
         engine = WMHInferenceEngine(model=load_model(), device="cpu")
         prob_volume, nifti_ref = engine.predict_volume_probs("sub-01_FLAIR.nii.gz", use_tta=True)
@@ -194,6 +194,8 @@ class WMHInferenceEngine:
         else:
             net = model
             self.model_description = {"name": type(model).__name__}
+        if isinstance(net, ExportedNetwork) and net.on_cpu_alone:
+            self.device = torch.device("cpu")
         self._preprocess = _fit_to_network(preprocess_config, net)
         self._network = NetworkOnDevice(net, structures, self.device)
 
@@ -240,7 +242,7 @@ class WMHInferenceEngine:
             lesions=lesions,
             volume_ml=int(mask.sum(dtype=np.int64)) * volume.voxel_volume_ml,
             settings={
-                **told_settings(config, maps.looks, self.device),
+                **told_settings(config, maps, self.device),
                 "t1": second is not None,
                 "register_t1": second is not None and register_t1,
                 "preprocess": asdict(self._preprocess),
@@ -403,8 +405,9 @@ class WMHInferenceEngine:
         """
         with device_errors(self.device):
             stack = whole_stack(prepared, t1)
-            maps, looks = self._predict_slices(stack, prepared, config, progress)
-        return maps_on_scan(maps, prepared, looks, structures=structures)
+            dtype = self._network.dtype(config.precision)
+            maps, looks = self._predict_slices(stack, prepared, config, dtype, progress)
+        return maps_on_scan(maps, prepared, looks, dtype, structures=structures)
 
     @staticmethod
     def apply_threshold(prob_volume: NDArray[Any], threshold: float = 0.60) -> NDArray[np.uint8]:
@@ -421,6 +424,7 @@ class WMHInferenceEngine:
         slices: Stack,
         prepared: Prepared,
         config: InferenceConfig,
+        dtype: torch.dtype,
         progress: ProgressCallback | None,
     ) -> tuple[SliceMaps, Looks]:
         """Maps (S, H, W) on the network's grid, and how the scan was seen."""
@@ -431,7 +435,6 @@ class WMHInferenceEngine:
         if config.max_memory is not None:
             scan = ScanSize.of(prepared, len(views), looks)
             looks, batch_size = looks_within(config.max_memory, scan, self._encoder, batch_size)
-        dtype = choose_dtype(self.device, config.precision)
         steps = None if progress is None else JoinedProgress(progress, looks.count)
 
         def see(stack: Stack, shown: NDArray[np.bool_] | None) -> SliceMaps:

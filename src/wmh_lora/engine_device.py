@@ -15,6 +15,7 @@ from wmh_lora.config import Precision
 from wmh_lora.engine_views import Seen, ViewKey, turn, turn_back
 from wmh_lora.errors import DeviceError
 from wmh_lora.logs import LOGGER
+from wmh_lora.models.export_runtime import ExportedNetwork
 from wmh_lora.models.network import WMHNet, lesion_probability
 from wmh_lora.models.precision import fast_dtype, to_precision
 
@@ -118,6 +119,15 @@ class NetworkOnDevice:
         self._structures = tuple(structures)
         with device_errors(device):
             self._nets = {torch.float32: net.eval().to(device)}
+
+    def dtype(self, precision: Precision) -> torch.dtype:
+        """Return the type that this network's products are computed in here, see `choose_dtype`.
+
+        What was exported computes in float32 on a CPU: it cannot be rounded layer by layer.
+        """
+        if self.device.type == "cpu" and isinstance(self._nets[torch.float32], ExportedNetwork):
+            return torch.float32
+        return choose_dtype(self.device, precision)
 
     def see(
         self,

@@ -40,6 +40,8 @@ class ScanSize:
         Of the scan.
     slices, pixels : int
         Slices on the network's grid, and pixels of each.
+    turned_pixels : int
+        Of a slice of the other planes, the larger of the two.
     views : int
         In which a slice is seen.
     looks : Looks
@@ -49,6 +51,7 @@ class ScanSize:
     voxels: int
     slices: int
     pixels: int
+    turned_pixels: int
     views: int
     looks: Looks
 
@@ -57,12 +60,14 @@ class ScanSize:
         """Take the sizes of a prepared scan."""
         slices, height, width = prepared.slices.shape
         voxels = math.prod(prepared.view.shape_native)
-        return cls(voxels, slices, height * width, views, looks)
+        depth = round(slices * prepared.view.spacing_mm[0] / prepared.config.pixel_size_mm)
+        return cls(voxels, slices, height * width, depth * max(height, width), views, looks)
 
     @property
     def largest_pixels(self) -> int:
         """Pixels of a slice in the look that shows it largest."""
-        return math.ceil(self.looks.zoom**2 * self.pixels)
+        turned = self.turned_pixels if self.looks.planes > 1 else 0
+        return max(math.ceil(self.looks.zoom**2 * self.pixels), turned)
 
     @property
     def grid_bytes(self) -> int:

@@ -14,7 +14,6 @@ from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
 from wmh_lora.config import PROBABILITY_STEPS, InferenceConfig
-from wmh_lora.engine_device import choose_dtype
 from wmh_lora.engine_looks import Looks
 from wmh_lora.engine_views import STRUCTURE_LEVEL, SliceMaps
 from wmh_lora.logs import LOGGER
@@ -53,16 +52,24 @@ class ScanMaps:
         Ventricles and brain, as far as the network has them.
     looks : Looks
         That were averaged.
+    dtype : torch.dtype
+        In which the network's products were computed.
     """
 
     probability: NDArray[np.float32]
     uncertainty: NDArray[np.float32] | None
     structure_masks: dict[str, NDArray[np.uint8]]
     looks: Looks
+    dtype: torch.dtype
 
 
 def maps_on_scan(
-    maps: SliceMaps, prepared: Prepared, looks: Looks, *, structures: bool = True
+    maps: SliceMaps,
+    prepared: Prepared,
+    looks: Looks,
+    dtype: torch.dtype,
+    *,
+    structures: bool = True,
 ) -> ScanMaps:
     """Bring maps from the network's grid to the scan's; structures only if they are asked for."""
     native = restore(maps.probability, prepared)
@@ -78,6 +85,7 @@ def maps_on_scan(
             name: restore_mask(part, prepared, STRUCTURE_LEVEL) for name, part in found.items()
         },
         looks=looks,
+        dtype=dtype,
     )
 
 
@@ -89,10 +97,10 @@ def find_lesions(
     return mask, tuple(describe_lesions(mask, volume.affine))
 
 
-def told_settings(config: InferenceConfig, looks: Looks, device: torch.device) -> dict[str, Any]:
+def told_settings(config: InferenceConfig, maps: ScanMaps, device: torch.device) -> dict[str, Any]:
     """Return what a report says of the settings: as they were asked for, and as they were used."""
     return {
-        "threshold": config.threshold_of(looks.planes),
+        "threshold": config.threshold_of(maps.looks.planes),
         "thresholds": {
             "one_plane": config.threshold_of(1),
             "three_planes": config.threshold_of(3),
@@ -106,9 +114,9 @@ def told_settings(config: InferenceConfig, looks: Looks, device: torch.device) -
         "adaptive": config.adaptive,
         "precision": config.precision,
         "used": {
-            "planes": looks.planes,
-            "zoom": looks.zoom,
-            "precision": str(choose_dtype(device, config.precision)).split(".")[-1],
+            "planes": maps.looks.planes,
+            "zoom": maps.looks.zoom,
+            "precision": str(maps.dtype).split(".")[-1],
         },
         "device": str(device),
     }

@@ -6,8 +6,8 @@ One path serves training, tuning, evaluation and inference:
    the scan is clearly thicker along another axis.
 2. *Head*: foreground found on a coarse grid gives a bounding box; nothing outside is computed.
 3. *Intensity*: an affine map fixed by two landmarks deep inside the head (the dark end, which is
-   cerebrospinal fluid, and the mode, which is white matter), so neither the value outside the head
-   nor the scanner's offset and gain matter.
+   cerebrospinal fluid, and the darkest clear peak, which is white matter), so neither the value
+   outside the head nor the scanner's offset and gain matter.
 4. *Pixels*: each slice is resampled to a physical pixel size by two small matrices, one per axis.
 
 :func:`restore` applies the inverse of 4, 2 and 1 to a probability map. Geometry is separable and

@@ -76,8 +76,8 @@ _MEASURED: tuple[tuple[_Rule, Callable[[ScanMeasures], float | None]], ...] = (
     (
         _Rule(
             "ghosting",
-            "The air before and behind the head is brighter than on its sides by {value:.3f} of "
-            "white matter",
+            "The air above and below the head in its pictures is brighter than at their sides by "
+            "{value:.3f} of white matter",
             {"warn_below": -0.06, "warn_above": 0.06, "fail_below": -0.15, "fail_above": 0.15},
             missing="the air around the head was blanked or is too narrow",
         ),
@@ -121,7 +121,8 @@ _LESION_VOLUME = _Rule(
 )
 _CONFIDENCE = _Rule(
     "confidence",
-    f"Thresholds {_THRESHOLD_BAND:.0%} lower and higher change the volume by {{value:.2f}} of it",
+    f"Voxels whose probability is within {_THRESHOLD_BAND:.0%} of the threshold measure "
+    "{value:.2f} of the lesions",
     {"warn_above": 0.65},
     missing=f"the lesions found measure less than {_CHANGE_FROM_ML:g} mL",
 )

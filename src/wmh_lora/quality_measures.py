@@ -1,8 +1,8 @@
 """What can be measured on a scan itself: noise, sharpness, ghosts, steps between slices, contrast.
 
-Everything is expressed on one scale that all scans share: 0 is fluid and 1 is white matter, the
-landmarks that preprocessing finds deep inside the head. Only the head is looked at, so a scan gives
-much the same values with its skull and without.
+Everything is expressed on one scale that all scans share: 0 is fluid and 1 the highest peak, mostly
+white matter, of what lies more than 20 mm inside the head. Only the head is looked at, so a scan
+gives much the same values with its skull and without.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ viewer, so the output copies the stored geometry of a NIfTI input bit for bit.
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import zlib
 from collections.abc import Iterator
@@ -259,6 +260,7 @@ def write_nifti(
     if array.dtype == np.bool_:
         array = array.view(np.uint8)
     header = _output_header(array.dtype, like)
+    header["cal_max"] = _display_maximum(array)
     with open_atomic(target, overwrite=overwrite) as stream:
         if suffix == ".nii":
             _write_stream(stream, header, array)
@@ -348,10 +350,18 @@ def _output_header(dtype: np.dtype[Any], like: Volume) -> Nifti1Header:
     for field, value in _CONTENT_FIELDS.items():
         if field in header.structarr.dtype.names:
             header[field] = value
-    header["cal_max"] = 1.0  # masks and probabilities alike
     header["magic"] = header.single_magic  # of a pair of files as well, if `like` was one
     header["vox_offset"] = header.single_vox_offset
     return header
+
+
+def _display_maximum(array: npt.NDArray[Any]) -> float:
+    """Where a viewer's range ends: at 1 for masks and probabilities, else at the largest value.
+
+    0, which leaves the range to the viewer, where a value is not finite.
+    """
+    largest = float(array.max())
+    return max(1.0, largest) if math.isfinite(largest) else 0.0
 
 
 def _header_from_affine(like: Volume) -> Nifti1Header:

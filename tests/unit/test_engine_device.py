@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.phantoms import head
+from tests.phantoms import brightness_model, head
 from wmh_lora.config import ModelConfig
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.engine_device import NetworkOnDevice, choose_dtype
@@ -120,6 +120,17 @@ class TestPrecision:
         with caplog.at_level(logging.WARNING, "wmh_lora"):
             assert choose_dtype(CPU, "bfloat16") == torch.float32
         assert "float32 is used" in caplog.text
+
+    def test_it_is_said_once_a_scan(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(precision, "has_fast_bfloat16", lambda: False)
+        with caplog.at_level(logging.WARNING, "wmh_lora"):
+            engine = WMHInferenceEngine(brightness_model(), "cpu")
+            result = engine.segment(head()[0], precision="bfloat16")
+        assert sum("float32 is used" in record.message for record in caplog.records) == 1
+        assert result.settings["used"]["precision"] == "float32"
+        assert any("float32 is used" in text for text in result.warnings)
 
     def test_rounded_network_says_nearly_the_same_and_leaves_the_plain_one(self) -> None:
         config = ModelConfig(

@@ -20,7 +20,14 @@ from wmh_lora.errors import ConfigError
 from wmh_lora.logs import collect_warnings
 from wmh_lora.sizes import format_size, parse_size
 
-SCAN = ScanSize(voxels=256 * 256 * 40, slices=40, pixels=224 * 192, views=1, looks=Looks())
+SCAN = ScanSize(
+    voxels=256 * 256 * 40,
+    slices=40,
+    pixels=224 * 192,
+    turned_pixels=120 * 224,
+    views=1,
+    looks=Looks(),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +53,7 @@ def test_too_little_says_what_would_do() -> None:
 
 
 def test_views_take_memory_and_leaving_them_out_is_advised() -> None:
-    several = ScanSize(SCAN.voxels, SCAN.slices, SCAN.pixels, views=8, looks=Looks())
+    several = replace(SCAN, views=8)
     assert several.native_bytes > SCAN.native_bytes
     with pytest.raises(ConfigError, match="test-time augmentation"):
         batch_within("310M", several, "compact", 1)
@@ -61,9 +68,32 @@ def test_a_larger_look_takes_more_memory() -> None:
     assert (once.largest_pixels, twice.largest_pixels) == (SCAN.pixels, 2.25 * SCAN.pixels)
 
 
+def test_slices_of_other_planes_can_be_the_largest() -> None:
+    tall = replace(SCAN, turned_pixels=2 * SCAN.pixels)
+    assert tall.largest_pixels == SCAN.pixels
+    assert replace(tall, looks=Looks(3, 1.2)).largest_pixels == 2 * SCAN.pixels
+    assert replace(tall, looks=Looks(3, 1.5)).largest_pixels == 2.25 * SCAN.pixels
+
+
+def test_sizes_are_those_of_the_prepared_scan() -> None:
+    volume, _ = head()
+    engine = WMHInferenceEngine(brightness_model(), "cpu")
+    prepared = engine.prepare(volume)
+    size = ScanSize.of(prepared, 1, Looks(3))
+    slices, height, width = prepared.slices.shape
+    spacing = prepared.view.spacing_mm[0] / prepared.config.pixel_size_mm
+    assert (size.slices, size.pixels) == (slices, height * width)
+    assert size.turned_pixels == round(slices * spacing) * max(height, width)
+
+
 def test_without_room_for_all_looks_one_is_seen_and_it_is_said() -> None:
     isotropic = ScanSize(
-        voxels=512 * 512 * 400, slices=400, pixels=208 * 176, views=1, looks=Looks(3)
+        voxels=512 * 512 * 400,
+        slices=400,
+        pixels=208 * 176,
+        turned_pixels=200 * 208,
+        views=1,
+        looks=Looks(3),
     )
     with collect_warnings() as warnings:
         assert looks_within("8G", isotropic, "compact", 2) == (Looks(3), 2)

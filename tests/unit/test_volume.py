@@ -178,6 +178,27 @@ def test_scaled_integers_become_their_real_values(tmp_path: Path, dtype: type) -
     assert header["descrip"].item() == b"wmh-lora"
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 1], 1.0),
+        ([0, 0], 1.0),
+        ([0.0, 0.7], 1.0),
+        ([0, 12], 12.0),
+        ([5.0, 900.5], 900.5),
+        ([1.0, np.nan], 0.0),
+        ([0.0, np.inf], 0.0),
+    ],
+)
+def test_the_display_range_is_that_of_the_values(
+    tmp_path: Path, values: list[float], expected: float
+) -> None:
+    array = np.resize(np.array(values, np.float32), SHAPE)
+    write_nifti(tmp_path / "out.nii", array, Volume(array, _oblique()))
+    header = _raw_header(tmp_path / "out.nii")
+    assert (float(header["cal_min"]), float(header["cal_max"])) == (0.0, expected)
+
+
 def test_nan_infinity_and_overflow_are_kept(tmp_path: Path) -> None:
     values = _values().astype(np.float64)
     values[0, 0, 0], values[1, 0, 0], values[2, 0, 0] = np.nan, -np.inf, 1e300

@@ -70,7 +70,7 @@ def _numbers(kind: type[int] | type[float]) -> Callable[..., tuple[Any, ...]]:
     help="Smallest components to compare.  [default: 1,2,3,5,8,12,20]",
 )
 @click.option(
-    "--no-tta", is_flag=True, help="Compute the single view alone: an eighth of the time."
+    "--no-tta", is_flag=True, help="Compute the single view alone, which takes the least time."
 )
 @click.option("--images", type=_Folder, metavar="DIR", help="FLAIR scans, with --references.")
 @click.option("--references", type=_Folder, metavar="DIR", help="Their masks.")

@@ -8,7 +8,6 @@ versions of everything that took part.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from wmh_lora._version import __version__
 from wmh_lora.errors import ConfigError, DataError, WeightsError, WMHError
 from wmh_lora.files import write_failure
 from wmh_lora.logs import LOGGER
-from wmh_lora.models.export import ExportFormat, export_model
+from wmh_lora.models.export import ExportFormat, export_model, source_network
 from wmh_lora.models.export_runtime import (
     ExportedNetwork,
     OnnxNetwork,
@@ -99,9 +98,8 @@ def cached_export(model: Model, name: str) -> Path:
         If a package of the backend is missing.
     """
     backend = _RUNTIMES[name]
-    for package in backend.packages:
-        optional(package)
-    versions = {package: importlib.metadata.version(package) for package in backend.packages}
+    # of the modules: onnxruntime comes from distributions of several names
+    versions = {package: str(optional(package).__version__) for package in backend.packages}
     key = [model.checksum, __version__, torch.__version__, versions]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return cache_dir() / "backends" / digest[:32] / backend.filename
@@ -109,6 +107,7 @@ def cached_export(model: Model, name: str) -> Path:
 
 def _exported_network(model: Model, name: str) -> ExportedNetwork:
     """Load the cached export of a model, which is made first if it is absent or damaged."""
+    source_network(model)  # the cache must not answer for what could not be exported
     backend, path = _RUNTIMES[name], cached_export(model, name)
     multiple = int(getattr(model.net, "size_multiple", 1))
     if path.is_file():

@@ -84,7 +84,7 @@ def describe_export(model: Model, size: tuple[int, int] | None = None) -> dict[s
     dict
         ``structures``, ``preprocess``, ``inference`` and ``model`` are JSON, the rest is plain.
     """
-    card, multiple = model.card, _source(model).size_multiple
+    card, multiple = model.card, source_network(model).size_multiple
     allowed = f"multiples of {multiple}" if size is None else f"exactly {size[0]} and {size[1]}"
     base = BASE_WEIGHTS.get(card.model.encoder) if card.base_sha256 else None
     described = model.describe()
@@ -150,7 +150,7 @@ def export_model(
     DataError
         If the target exists, or cannot be written.
     """
-    path, net = Path(path), _source(model)
+    path, net = Path(path), source_network(model)
     form = _check_request(path, kind, size, net)
     _check_target(path, form, overwrite)
     with _folder_beside(path) as folder:
@@ -179,7 +179,14 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 
-def _source(model: Model) -> WMHNet:
+def source_network(model: Model) -> WMHNet:
+    """Return the network that an export is made of.
+
+    Raises
+    ------
+    ConfigError
+        If it is none of this package's, but an exported one, say.
+    """
     if not isinstance(model.net, WMHNet):
         raise ConfigError(
             f"Only a network of this package can be exported, found {type(model.net).__name__}."
@@ -264,14 +271,14 @@ def _move(draft: Path, path: Path, form: _Format) -> None:
 
 def _write_torchscript(path: Path, model: Model, _: tuple[int, int] | None) -> None:
     extra = {TORCHSCRIPT_METADATA: json.dumps(describe_export(model), indent=2)}
-    traced = trace_network(_source(model), model.card.model.in_channels)
+    traced = trace_network(source_network(model), model.card.model.in_channels)
     with tracing():
         torch.jit.save(traced, path, _extra_files=extra)
 
 
 def _write_onnx(path: Path, model: Model, size: tuple[int, int] | None) -> None:
     onnx = optional("onnx")
-    net = _source(model)
+    net = source_network(model)
     if sum(p.numel() * p.element_size() for p in net.parameters()) > _ONNX_BYTES:
         raise ConfigError("An ONNX file holds less than 2 GB; choose another format.")
     axes = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
@@ -298,7 +305,9 @@ def _write_openvino(path: Path, model: Model, size: tuple[int, int] | None) -> N
     channels = model.card.model.in_channels
     shape = openvino.PartialShape([-1, channels, *(size or (-1, -1))])
     with tracing():
-        document = openvino.convert_model(trace_network(_source(model), channels), input=[shape])
+        document = openvino.convert_model(
+            trace_network(source_network(model), channels), input=[shape]
+        )
     document.inputs[0].get_tensor().set_names({"slices"})
     document.outputs[0].get_tensor().set_names({"logits"})
     for key, value in describe_export(model, size).items():

@@ -52,6 +52,9 @@ class ExportedNetwork(nn.Module):
         Height and width of the slices must be multiples of it.
     """
 
+    on_cpu_alone = True
+    """Whether it computes on the CPU wherever it is moved to."""
+
     def __init__(self, size_multiple: int) -> None:
         super().__init__()
         self.size_multiple = size_multiple
@@ -74,6 +77,8 @@ class TorchScriptNetwork(ExportedNetwork):
     WeightsError
         If the file cannot be read.
     """
+
+    on_cpu_alone = False
 
     def __init__(self, path: Path, size_multiple: int) -> None:
         super().__init__(size_multiple)

@@ -30,7 +30,9 @@ _ROUNDED = (Linear, ConvBlock, Merge, sam_vit_attention.Attention)
 
 def has_fast_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 matrices faster than float32 ones."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    # torch 2.4 cannot tell
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and bool(supported())
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

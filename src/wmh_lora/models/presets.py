@@ -26,7 +26,7 @@ def model_preset(encoder: str) -> tuple[ModelConfig, PreprocessConfig]:
 
     SAM's encoders come with the published settings: LoRA of rank 64 on ``qkv`` and ``proj`` and 32
     on both MLP layers with alpha = rank, the upsampling decoder, pixels of 0.5 mm. LiteMedSAM comes
-    with those of the packaged models, the compact encoder is trained in full.
+    with those of `flair-v1`, but for pixels of 1 mm; the compact encoder is trained in full.
 
     Parameters
     ----------

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.phantoms import write_head
+from tests.phantoms import head, write_head
 from tests.small_models import small_model
+from wmh_lora import engine
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.errors import ConfigError
-from wmh_lora.models import backends, export_runtime
+from wmh_lora.models import backends, export_runtime, precision
 from wmh_lora.models.backends import BACKENDS, cached_export, with_backend
 
 MODEL = small_model()
@@ -76,9 +77,30 @@ def test_place_depends_on_model_and_versions(monkeypatch: pytest.MonkeyPatch) ->
     places = {cached_export(MODEL, "openvino"), cached_export(small_model(1), "openvino")}
     monkeypatch.setattr(backends, "__version__", "99")
     places.add(cached_export(MODEL, "openvino"))
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "99")
+    monkeypatch.setattr(importlib.import_module("openvino"), "__version__", "99")
     places.add(cached_export(MODEL, "openvino"))
     assert len(places) == 4
+
+
+def test_what_another_network_left_in_the_cache_is_not_taken(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    exported = with_backend(MODEL, "onnxruntime")
+    again = replace(MODEL, net=exported)  # of the same checksum
+    assert with_backend(again, "onnxruntime") is exported
+    assert "Only a network of this package" in caplog.text
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_reports_say_where_and_how_an_exported_network_computed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(engine, "choose_device", lambda _: torch.device("meta"))
+    exported = replace(MODEL, net=with_backend(MODEL, name))
+    result = WMHInferenceEngine(exported).segment(head()[0], precision="auto")
+    assert result.settings["device"] == "cpu"
+    assert result.settings["used"]["precision"] == "float32"
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -117,7 +139,7 @@ def test_exported_networks_take_no_t1(tmp_path: Path) -> None:
     card = replace(MODEL.card, model=replace(MODEL.card.model, t1_channels=1))
     exported = replace(MODEL, card=card, net=with_backend(MODEL, "onnxruntime"))
     path = write_head(tmp_path / "sub-01_FLAIR.nii.gz")
-    engine = WMHInferenceEngine(exported, "cpu")
-    assert engine.segment(path).probability.any()
+    runner = WMHInferenceEngine(exported, "cpu")
+    assert runner.segment(path).probability.any()
     with pytest.raises(ConfigError, match="takes FLAIR alone, as all exported"):
-        engine.segment(path, t1=path)
+        runner.segment(path, t1=path)

@@ -79,5 +79,9 @@ def test_what_cannot_be_is_refused() -> None:
         to_precision(nn.Identity(), "bfloat16")
 
 
-def test_the_processor_is_asked() -> None:
-    assert isinstance(has_fast_bfloat16(), bool)
+def test_the_processor_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for answer in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda told=answer: told)
+        assert has_fast_bfloat16() is answer
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")  # as in torch 2.4
+    assert has_fast_bfloat16() is False
