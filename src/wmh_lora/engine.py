@@ -22,7 +22,7 @@ from wmh_lora.config import InferenceConfig, PreprocessConfig, TtaMode
 from wmh_lora.engine_brain import below_skull, within_brain
 from wmh_lora.engine_contrast import without_haze
 from wmh_lora.engine_device import NetworkOnDevice, choose_device, device_errors
-from wmh_lora.engine_looks import Looks, Stack, average_looks, whole_stack
+from wmh_lora.engine_looks import Looks, Stack, average_looks, planes_seen, whole_stack
 from wmh_lora.engine_memory import ScanSize, looks_within
 from wmh_lora.engine_scan import (
     Scan,
@@ -430,8 +430,7 @@ class WMHInferenceEngine:
         """Maps (S, H, W) on the network's grid, and how the scan was seen."""
         views = VIEWS[config.tta]
         batch_size = config.batch_size
-        in_all_planes = config.planes == "all" and prepared.view.is_isotropic
-        looks = Looks(3 if in_all_planes else 1, config.zoom)
+        looks = Looks(planes_seen(config, prepared.view), config.zoom)
         if config.max_memory is not None:
             scan = ScanSize.of(prepared, len(views), looks)
             looks, batch_size = looks_within(config.max_memory, scan, self._encoder, batch_size)

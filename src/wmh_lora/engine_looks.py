@@ -19,12 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from wmh_lora.config import PreprocessConfig
+from wmh_lora.config import InferenceConfig, PreprocessConfig
 from wmh_lora.engine_views import EVIDENCE, SliceMaps
 from wmh_lora.preprocess import Prepared
-from wmh_lora.view import PLANES, Axis, Plane, resample_pictures, resampling_matrix, turn_planes
+from wmh_lora.view import (
+    PLANES,
+    Axis,
+    Plane,
+    View,
+    resample_pictures,
+    resampling_matrix,
+    turn_planes,
+)
 
-__all__ = ["Looks", "Stack", "average_looks", "whole_stack"]
+__all__ = ["Looks", "Stack", "average_looks", "planes_seen", "whole_stack"]
 
 FloatArray = NDArray[np.float32]
 
@@ -80,6 +88,11 @@ class Stack:
     rows: int = 0
     columns: int = 0
     zoom: float = 1.0
+
+
+def planes_seen(config: InferenceConfig, view: View) -> int:
+    """Return in how many planes a scan is seen: 3 if asked for and it is as fine in each."""
+    return 3 if config.planes == "all" and view.is_isotropic else 1
 
 
 #: Sees those slices of a stack that are marked (S,).

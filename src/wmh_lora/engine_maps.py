@@ -24,13 +24,14 @@ from wmh_lora.config import TtaMode
 from wmh_lora.config_reading import to_dict
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.engine_device import choose_device, choose_dtype
-from wmh_lora.engine_looks import Stack
+from wmh_lora.engine_looks import Stack, planes_seen
 from wmh_lora.engine_views import Look, Seen, ViewKey
 from wmh_lora.errors import DataError
 from wmh_lora.files import image_stem, open_atomic, write_failure
 from wmh_lora.logs import LOGGER
 from wmh_lora.models.model_file import read_model_card, weights_sha256
 from wmh_lora.models.registry import load_model
+from wmh_lora.view import choose_view
 from wmh_lora.volume import Volume
 
 __all__ = ["MapProgress", "ProbabilityMaps"]
@@ -80,7 +81,7 @@ class ProbabilityMaps:
     ) -> None:
         self._model, self._folder = model, folder
         self._base_weights, self._device = base_weights, choose_device(device)
-        card = read_model_card(model)
+        self._card = card = read_model_card(model)
         self._identity = {
             "format": _FORMAT,
             "package": __version__,
@@ -102,6 +103,11 @@ class ProbabilityMaps:
     @cached_property
     def _engine(self) -> _EachViewOnce:
         return _EachViewOnce(load_model(self._model, base_weights=self._base_weights), self._device)
+
+    def planes_of(self, volume: Volume) -> int:
+        """Return in how many planes a scan is seen, 1 or 3; its threshold depends on that."""
+        view = choose_view(volume, self._card.preprocess.pixel_size_mm)
+        return planes_seen(self._card.inference, view)
 
     def of(
         self,

@@ -143,11 +143,13 @@ def test_an_image_that_cannot_be_shown_does_not_stop_the_rest(cohort: Path, run:
     assert len(rows(cohort)) == 5
 
 
-def test_a_name_of_no_scan(cohort: Path, run: Run) -> None:
-    result = run(*PLAIN[:4], "--images", "@images", "--case", "nobody")
-    assert result.exit_code == 2
+def test_a_name_of_no_scan_does_not_stop_the_rest(cohort: Path, run: Run) -> None:
+    result = run(*PLAIN[:4], "--images", "@images", "--case", "nobody", "--case", "01")
+    assert result.exit_code == 1
     assert "nobody" in result.stderr
-    assert "01" in result.stderr
+    assert "There are: 01" in result.stderr
+    assert len(rows(cohort)) == 5
+    assert (cohort / "out" / "figures" / "predictions.png").is_file()
 
 
 def test_without_matplotlib(cohort: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,7 @@ def test_wrong_use_ends_with_exit_code_2_and_changes_nothing(run: Path) -> None:
         assert result.exit_code == 2, (arguments, result.output)
         assert message in result.output, (arguments, result.output)
         assert "Traceback" not in result.output
+    assert not list(Path().glob("*-tuning"))
     (Path("data") / "sub-2_mask.nii.gz").write_bytes(b"damaged")
     result = _tune(run, "--no-tta")
     assert result.exit_code == 1

@@ -17,6 +17,7 @@ from wmh_lora.errors import ConfigError
 if TYPE_CHECKING:
     from wmh_lora.comparators.results import FoldResult
     from wmh_lora.comparators.run import Comparison
+    from wmh_lora.data.manifest import Manifest
     from wmh_lora.evaluation.cohort import Case, Unpaired
     from wmh_lora.report.comparison import MethodCosts
     from wmh_lora.report.evaluation import Failure
@@ -120,7 +121,8 @@ def compare(
         _refuse_existing(out_dir, overwrite or resume)
         _check_against(predictions, against)
         collected = _Collected()
-        _add_predictions(collected, predictions, reference, "auto")
+        assert reference is not None
+        _add_predictions(collected, predictions, reference)
     else:
         comparison = _comparison(config, overrides, out_dir, resume)
         collected = _Collected(
@@ -132,12 +134,7 @@ def compare(
             raise ConfigError(f"Two methods are called {twice[0]!r}; rename the --prediction.")
         against = against or comparison.config.against
         _check_against([*collected.folders, *predictions], against)
-        _add_predictions(
-            collected,
-            predictions,
-            reference or comparison.manifest.root,
-            comparison.manifest.layout,
-        )
+        _add_predictions(collected, predictions, reference or comparison.manifest)
         _train(comparison, collected, against)
     _print_table(_write(collected, against, out_dir), out_dir)
     if collected.failures or collected.unpaired:
@@ -210,16 +207,21 @@ def _with_result(costs: MethodCosts | None, result: FoldResult) -> MethodCosts:
 
 
 def _add_predictions(
-    collected: _Collected, predictions: Mapping[str, Path], reference: Path | None, layout: str
+    collected: _Collected, predictions: Mapping[str, Path], references: Path | Manifest
 ) -> None:
-    """Pair and score the masks of other programs."""
-    from wmh_lora.evaluation.cohort import evaluate_pairs, pair_folders
+    """Pair and score the masks of other programs: with a folder, or with a manifest's scans."""
+    from wmh_lora.comparators.results import reference_of
+    from wmh_lora.evaluation.cohort import evaluate_pairs, pair_folders, pair_with
     from wmh_lora.report.evaluation import Failure
 
     for name, folder in predictions.items():
-        assert reference is not None
-        pairing = pair_folders(name, folder, reference, layout=layout)
-        collected.folders[name] = (folder, reference)
+        if isinstance(references, Path):
+            pairing = pair_folders(name, folder, references)
+            collected.folders[name] = (folder, references)
+        else:
+            known = [reference_of(scan, references) for scan in references.usable if scan.mask]
+            pairing = pair_with(name, folder, known, f"of {references.path}")
+            collected.folders[name] = (folder, references.root)
         collected.unpaired += pairing.unpaired
         for entry in pairing.unpaired:
             click.echo(f"wmh-lora: unpaired {entry.role} {entry.path}: {entry.reason}.", err=True)

@@ -15,7 +15,7 @@ from wmh_lora.cli.errors import EXIT_INPUT, describe_error
 from wmh_lora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from wmh_lora.evaluation.cohort import Pairing
+    from wmh_lora.evaluation.cohort import Case, Pairing
     from wmh_lora.report.error_maps import Example
     from wmh_lora.report.evaluation import Evaluation, Failure
 
@@ -350,8 +350,14 @@ def _examples(evaluation: Evaluation, options: _Options, troubles: list[str]) ->
             images |= found
         except DataError as error:
             troubles.append(_told(error, str(folder), options))
+    shown: list[Case] = []
+    for names in [[name] for name in options.cases] or [[]]:
+        try:
+            shown += shown_cases(evaluation, images, names)
+        except ConfigError as error:
+            troubles.append(_told(error, "--case", options))
     examples = []
-    for case in shown_cases(evaluation, images, options.cases):
+    for case in shown:
         image = images[case.pair.reference.path]
         try:
             examples.append(example_of(case, image, with_series=len(evaluation.series) > 1))

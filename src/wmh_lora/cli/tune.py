@@ -163,6 +163,7 @@ def tune(
     from wmh_lora.training.tune import tune as search
     from wmh_lora.training.tune import tuned_card
 
+    cases = _cases(run, choice)
     if not dry_run:
         require(
             "matplotlib",
@@ -174,7 +175,6 @@ def tune(
     keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
-    cases = _cases(run, choice)
     card = read_model_card(model)
     maps = ProbabilityMaps(model, folder / "maps", base_weights=base_weights, device=device)
     with progress_bar() as progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,13 @@ def read_result(path: Path) -> FoldResult:
 
 def pair_of(method: str, scan: Scan, mask: Path, manifest: Manifest) -> Pair:
     """Pair a mask with the reference of its scan."""
-    who = {"subject": scan.subject, "session": scan.session, "scan": scan.run, "site": scan.site}
-    reference = ScanFile(manifest.file(scan.mask), **who)
-    return Pair(method, ScanFile(mask, **who), reference, site=scan.site)
+    reference = reference_of(scan, manifest)
+    return Pair(method, replace(reference, path=mask), reference, site=scan.site)
+
+
+def reference_of(scan: Scan, manifest: Manifest) -> ScanFile:
+    """Return the mask of a scan of a manifest, and whose it is."""
+    return ScanFile(manifest.file(scan.mask), scan.subject, scan.session, scan.run, scan.site)
 
 
 def case_of(method: str, scored: ScoredScan, out_dir: Path, manifest: Manifest) -> Case:

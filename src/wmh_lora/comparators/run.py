@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ from wmh_lora.config_reading import from_dict, to_dict
 from wmh_lora.data.manifest import Manifest, Scan, read_manifest
 from wmh_lora.data.sources import DataConfig
 from wmh_lora.data.split import read_split
-from wmh_lora.engine_maps import MapProgress, ProbabilityMaps
+from wmh_lora.engine_maps import MapProgress
 from wmh_lora.errors import ConfigError
 from wmh_lora.evaluation.cohort import evaluate_pair
 from wmh_lora.files import open_atomic
@@ -117,8 +117,7 @@ class Comparison:
             for scan in fold.validation.scans
         ]
         # `tune` asks for nothing but maps, whoever makes them
-        maps = cast(ProbabilityMaps, _Maps(fitted, fold))
-        tuning = tune(cases, maps, InferenceConfig(), views=("none",))
+        tuning = tune(cases, _Maps(fitted, fold), InferenceConfig(), views=("none",))
         setting = tuning.setting
         scans = [
             self._score(fold, name, scan, fitted, setting.threshold, setting.min_voxels)
@@ -196,7 +195,7 @@ class Comparison:
 
 
 class _Maps:
-    """Maps of a fitted method, in place of `wmh_lora.engine_maps.ProbabilityMaps`."""
+    """Maps of a fitted method, a `wmh_lora.training.tune.MapSource`."""
 
     def __init__(self, fitted: Fitted, fold: Fold) -> None:
         self._fitted, self._fold = fitted, fold
@@ -205,6 +204,10 @@ class _Maps:
     @cached_property
     def _scans(self) -> dict[Path, Scan]:
         return {self._fold.file(scan.image): scan for scan in self._fold.validation.scans}
+
+    def planes_of(self, volume: Volume) -> int:
+        """One: methods have one threshold for all scans."""
+        return 1
 
     def of(
         self,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from wmh_lora.errors import ConfigError
+from wmh_lora.evaluation.layouts import OTHER_OBSERVERS
 from wmh_lora.files import image_suffix
 
 __all__ = ["STRUCTURES", "Found", "Listing", "list_bids", "list_challenge", "list_flat"]
@@ -70,7 +71,6 @@ def _label(parts: Sequence[str]) -> str:
 # --- WMH Segmentation Challenge ---------------------------------------------------------------
 
 _PUBLISHED_PARTS = ("training", "test", "public")
-_OTHER_OBSERVERS = "additional_annotations"
 
 
 def list_challenge(paths: Sequence[PurePosixPath], root_name: str) -> Listing:
@@ -90,7 +90,7 @@ def list_challenge(paths: Sequence[PurePosixPath], root_name: str) -> Listing:
     images: dict[PurePosixPath, dict[str, PurePosixPath]] = defaultdict(dict)
     masks: dict[PurePosixPath, PurePosixPath] = {}
     for path in paths:
-        if _OTHER_OBSERVERS in path.parts:
+        if OTHER_OBSERVERS in path.parts:
             continue
         stem, folder = _stem(path).lower(), path.parent
         if stem == "wmh":

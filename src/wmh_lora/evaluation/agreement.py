@@ -217,7 +217,8 @@ def ccc(reference: ArrayLike, prediction: ArrayLike) -> Estimate:
     Returns
     -------
     Estimate
-        In [-1, 1]. The interval is asymptotic, through Fisher's z; it needs three pairs. NaN for
+        In [-1, 1]. The interval is asymptotic, through Fisher's z; it needs three pairs, and there
+        is none at -1. NaN for
         fewer than two pairs, or where nothing varies. Perfect agreement gives 1.
     """
     x, y = _checked(reference, prediction)
@@ -233,7 +234,7 @@ def ccc(reference: ArrayLike, prediction: ArrayLike) -> Estimate:
     if value > 1.0 - 1e-12:
         return Estimate(1.0, Interval(1.0, 1.0))
     product = float(x.std() * y.std())
-    if n < 3 or product == 0.0 or covariance == 0.0:
+    if n < 3 or product == 0.0 or covariance == 0.0 or value < -1.0 + 1e-12:
         return Estimate(value)
     r, u2 = covariance / product, shift**2 / product
     c2 = value**2

@@ -90,6 +90,11 @@ class Pairing:
     unpaired: list[Unpaired]
 
 
+_ALONE = "no counterpart"
+_SEVERAL = "several possible counterparts"
+_OTHERWISE = "named otherwise than the others"
+
+
 @dataclass(frozen=True)
 class Case:
     """A scored pair.
@@ -138,14 +143,42 @@ def pair_folders(
     DataError
         A folder holds no mask, or nothing in one belongs to anything in the other.
     """
-    predicted, more_predicted = find_scans_and_rest(predictions, "mask")
-    reference, more_references = find_scans_and_rest(references, "mask", layout)
-    matches, left, right = match_scans(predicted, reference)
+    reference, rest = find_scans_and_rest(references, "mask", layout)
+    paired = pair_with(series, predictions, reference, f"in {references}", sites=sites)
+    unpaired = [Unpaired(series, "reference", path, _OTHERWISE) for path in rest]
+    return Pairing(paired.pairs, paired.unpaired + unpaired)
+
+
+def pair_with(
+    series: str,
+    predictions: Path,
+    references: Sequence[ScanFile],
+    whence: str,
+    *,
+    sites: Mapping[str, str] | None = None,
+) -> Pairing:
+    """Find the masks in a folder and pair them with references that are known.
+
+    Parameters
+    ----------
+    series, predictions, sites
+        See `pair_folders`.
+    references : sequence of ScanFile
+        At least one.
+    whence : str
+        Where they are, for messages: "in masks/".
+
+    Raises
+    ------
+    DataError
+        The folder holds no mask, or none that belongs to a reference.
+    """
+    predicted, rest = find_scans_and_rest(predictions, "mask")
+    matches, left, right = match_scans(predicted, references)
     if not matches:
         raise DataError(
-            f"No prediction in {predictions} belongs to a reference in {references}: the first "
-            f"names are {_examples(predicted)} and {_examples(reference)}. Files are paired by "
-            "subject, session and scan; rename them, or name the references' layout."
+            f"No prediction in {predictions} belongs to a reference {whence}: "
+            + why_none_match(left, right)
         )
     sites = sites or {}
     pairs = [
@@ -153,10 +186,23 @@ def pair_folders(
     ]
     unpaired = [Unpaired(series, "prediction", f.path, why) for f, why in left]
     unpaired += [Unpaired(series, "reference", f.path, why) for f, why in right]
-    unknown = "named otherwise than the others"
-    unpaired += [Unpaired(series, "prediction", path, unknown) for path in more_predicted]
-    unpaired += [Unpaired(series, "reference", path, unknown) for path in more_references]
+    unpaired += [Unpaired(series, "prediction", path, _OTHERWISE) for path in rest]
     return Pairing(pairs, unpaired)
+
+
+def why_none_match(
+    left: Sequence[tuple[ScanFile, str]], right: Sequence[tuple[ScanFile, str]]
+) -> str:
+    """Say why `match_scans` left every file alone, and what to do."""
+    others = [(file, why) for file, why in (*left, *right) if why not in (_ALONE, _SEVERAL)]
+    if others:  # what leaves the other side with several counterparts
+        file, why = others[0]
+        return f"{file.path}: {why}. Keep one file for each scan, or name a folder that does."
+    names = (", ".join(repr(f.name) for f, _ in side[:3]) for side in (left, right))
+    return (
+        f"the first names are {' and '.join(names)}. Files are paired by subject, session and "
+        "scan; rename them, or name the references' layout."
+    )
 
 
 def match_scans(
@@ -219,6 +265,7 @@ def evaluate_pair(pair: Pair) -> Case:
         )
     check_labels(pair.reference.path, reference.data)
     values = prediction.data[prediction.data != 0]
+    values = values[np.isfinite(values)]
     if np.any(values != np.rint(values)):
         notes.append("the prediction holds fractions; voxels from 0.5 on count as lesion")
     elif len(labels := np.unique(values)) > 1:
@@ -346,12 +393,8 @@ def _unique_pairs(
 
 def _reason_alone(file: ScanFile, own: Sequence[ScanFile], others: Sequence[ScanFile]) -> str:
     if not any(_compatible(file, other) for other in others):
-        return "no counterpart"
+        return _ALONE
     rivals = [other.path.name for other in own if other is not file and _compatible(other, file)]
     if rivals:
         return f"several files for one scan, such as {rivals[0]}"
-    return "several possible counterparts"
-
-
-def _examples(files: Sequence[ScanFile]) -> str:
-    return ", ".join(repr(file.name) for file in files[:3])
+    return _SEVERAL

@@ -204,8 +204,14 @@ _ADNI = (
     rf"(?:.*/)?{_ADNI_SUBJECT}/[^/]*FLAIR[^/]*/(?P<session>\d{{4}}-\d\d-\d\d)[^/]*/(?P<scan>I\d+)"
 )
 _ADNI_NAME = rf"(?:.*/)?ADNI_{_ADNI_SUBJECT}_[^/]*_(?P<scan>I\d+)"
+OTHER_OBSERVERS = "additional_annotations"
+"""Folder of the published challenge data with masks of further readers, which are no references."""
+
 # The published data set puts its sites below training and test.
-_CHALLENGE = r"(?:(?:.*/)?(?:training|test|public)/)?(?:(?P<site>.+)/)?(?P<subject>[^/]+)"
+_CHALLENGE = (
+    rf"(?!(?:.*/)?{OTHER_OBSERVERS}/)(?:(?:.*/)?(?:training|test|public)/)?"
+    r"(?:(?P<site>.+)/)?(?P<subject>[^/]+)"
+)
 
 #: Every layout, the most particular first: the order in which they are tried.
 LAYOUTS: tuple[Layout, ...] = (

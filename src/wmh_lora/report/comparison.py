@@ -280,9 +280,10 @@ def comparison_markdown(document: Mapping[str, Any]) -> str:
             "methods (Holm, 1979).",
             _differences_markdown(document),
         ]
-        least = min(row["nonzero"] for row in document["differences"])
+        tested = [row for row in document["differences"] if row["nonzero"]]
+        least = min((row["nonzero"] for row in tested), default=_FEW_SUBJECTS)
         if least < _FEW_SUBJECTS:
-            smallest = max(row["smallest_p"] or 1.0 for row in document["differences"])
+            smallest = max(row["smallest_p"] for row in tested)
             parts.append(
                 f"**Small sample.** A difference rests on as few as {least} people, with whom no "
                 f"test can give a p below {smallest:.2g}: absence of significance says little."
@@ -345,8 +346,11 @@ def _differences_markdown(document: Mapping[str, Any]) -> str:
                 row["mean_difference"], row["interval"], measure(key).digits, sign=True
             )
             p = row["p_holm"]
-            cells.append(text if p is None else f"{text}, p = {p:.2g}")
-        rows.append([name, str(own["dice"]["scans"]), *cells])
+            text += "" if p is None else f", p = {p:.2g}"
+            text += f" ({row['undefined']} undefined)" if row["undefined"] else ""
+            cells.append(text)
+        shared = own["dice"]["scans"] + own["dice"]["undefined"]
+        rows.append([name, str(shared), *cells])
     return md.table(["Method", "Scans", *(measure(key).title for key in COMPARED)], rows)
 
 

@@ -64,6 +64,7 @@ def tuning_document(tuning: Tuning, model: Mapping[str, Any]) -> dict[str, Any]:
         "subjects": len(tuning.subjects),
         "scans": tuning.scans,
         "healthy_scans": tuning.healthy_scans,
+        "threshold_holds_for": tuning.scope,
         "settings_compared": len(tuning.settings),
         "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "level": LEVEL},
         **rows,
@@ -127,6 +128,7 @@ def summary_lines(tuning: Tuning) -> list[str]:
         if tuning.healthy_scans:
             line += f"; {tuning.false_positive_ml[column]:.2f} mL where there is no lesion"
         lines.append(line)
+    lines.append(_scope_sentence(tuning))
     lines.append(_left_out_sentence(tuning))
     if len(tuning.subjects) < _FEW_SUBJECTS:
         lines.append(
@@ -144,6 +146,7 @@ def tuning_markdown(document: Mapping[str, Any], tuning: Tuning) -> str:
         f"{_counted(tuning)}. {len(tuning.settings)} settings were compared by the mean "
         f"{metric.label} over subjects (whole volumes; {metric.better} is better).",
         _comparison(tuning),
+        _scope_sentence(tuning),
         _left_out_sentence(tuning),
     ]
     if len(tuning.subjects) < _FEW_SUBJECTS:
@@ -280,6 +283,15 @@ def _estimate(mean: float, interval: Interval, digits: int) -> str:
     if np.isfinite(interval.low):
         text += f" [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
     return text
+
+
+def _scope_sentence(tuning: Tuning) -> str:
+    if tuning.scope == "every scan":
+        return "The threshold holds for every scan, seen in one plane or in three."
+    return (
+        f"The threshold holds for scans that are seen in {tuning.scope}, as these were; the "
+        "model's other threshold stays as it was."
+    )
 
 
 def _left_out_sentence(tuning: Tuning) -> str:

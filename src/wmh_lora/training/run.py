@@ -138,7 +138,7 @@ def with_split_validation(config: RunConfig) -> RunConfig:
             relative_to_root(part.manifest.file(path), data) if path else ""
             for path in (scan.image, scan.mask, t1)
         )
-        cases.append(ValidationCase(image, mask, scan.name, t1=t1))
+        cases.append(ValidationCase(image, mask, scan.name, t1=t1, subject=scan.subject))
     if not cases:
         _log.warning("the split has no validation part: no best model is chosen, only the last")
     return replace(config, validation=tuple(cases))

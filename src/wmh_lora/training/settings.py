@@ -223,6 +223,8 @@ class ValidationCase:
         Every n-th slice of this case; 0 takes ``training.validation_stride``.
     t1
         T1 of the same head, for models with ``t1_channels``; empty to show them FLAIR alone.
+    subject
+        Whose scan it is; by default what the name says before ``_ses-<label>``.
     """
 
     image: str
@@ -230,6 +232,7 @@ class ValidationCase:
     name: str = ""
     stride: int = 0
     t1: str = ""
+    subject: str = ""
 
     def __post_init__(self) -> None:
         _require(bool(self.image), "image", self.image, "the path of a scan")

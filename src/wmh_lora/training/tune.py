@@ -7,17 +7,17 @@ averaged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wmh_lora.config import TTA_MODES, InferenceConfig, TtaMode
-from wmh_lora.engine_maps import MapProgress, ProbabilityMaps
+from wmh_lora.engine_maps import MapProgress
 from wmh_lora.errors import ConfigError, GridMismatchError
 from wmh_lora.evaluation.masks import check_labels
 from wmh_lora.evaluation.measures import Measure, measure
@@ -40,6 +40,8 @@ from wmh_lora.volume import Volume, grid_difference
 __all__ = [
     "METRICS",
     "MIN_VOXELS",
+    "MapSource",
+    "Scope",
     "Tuning",
     "read_reference",
     "tune",
@@ -51,6 +53,9 @@ FloatArray = NDArray[np.float64]
 #: What can be tuned for, with its measure; defined wherever the reference holds a lesion.
 METRICS: Mapping[str, str] = {"dice": "dice", "f1": "lesion_f1", "avd": "avd_percent"}
 MIN_VOXELS: tuple[int, ...] = (1, 2, 3, 5, 8, 12, 20)
+
+Scope = Literal["every scan", "one plane", "three planes"]
+"""Of which scans a threshold is: all, or those that are seen in one plane or in three."""
 
 _REFINED = tuple(0.01 * step for step in (-4, -3, -2, -1, 1, 2, 3, 4))
 
@@ -78,7 +83,10 @@ class Tuning:
     best, chosen : int
         Columns: the best mean, and the simplest setting within one standard error of it.
     present : int or None
-        Column of the model's settings before; None if its views are not among those compared.
+        Column of the model's settings before; None if its views are not among those compared, or
+        scans were seen in one plane and in three and it had a threshold for each.
+    scope : Scope
+        Which scans the chosen threshold is for; the model's other threshold stays.
     left_out : tuple of int
         For each subject, the column chosen without it; empty for one subject.
     """
@@ -95,6 +103,7 @@ class Tuning:
     best: int
     chosen: int
     present: int | None
+    scope: Scope
     left_out: tuple[int, ...]
 
     @property
@@ -114,12 +123,29 @@ class Tuning:
         return self.scores[self.metric.key][rows, list(self.left_out)]
 
 
+class MapSource(Protocol):
+    """Gives the probability maps of scans; see `wmh_lora.engine_maps.ProbabilityMaps`."""
+
+    def planes_of(self, volume: Volume, /) -> int:
+        """Return in how many planes a scan is seen."""
+
+    def of(
+        self,
+        volume: Volume,
+        image_sha256: str,
+        views: Sequence[TtaMode],
+        progress: MapProgress | None = None,
+        /,
+    ) -> Iterator[tuple[TtaMode, NDArray[np.float32]]]:
+        """Yield each set of views with its map."""
+
+
 # --- search -----------------------------------------------------------------------------------
 
 
 def tune(
     cases: Sequence[TuningCase],
-    maps: ProbabilityMaps,
+    maps: MapSource,
     present: InferenceConfig,
     *,
     metric: str = "dice",
@@ -135,10 +161,11 @@ def tune(
     cases : sequence of TuningCase
         Validation scans, at least one with lesions. Scans without have no score: what is found in
         them is reported.
-    maps : ProbabilityMaps
+    maps : MapSource
         Of the model.
     present : InferenceConfig
-        The model's settings; they are always among those compared.
+        The model's settings; they are always among those compared, with the threshold for scans
+        that are seen in as many planes as these.
     metric : str
         A key of `METRICS`.
     thresholds : sequence of float
@@ -161,7 +188,7 @@ def tune(
         raise ConfigError(f"Unknown metric {metric!r}; choose one of {', '.join(METRICS)}.")
     if not cases:
         raise ConfigError("There is no validation scan to tune on; name images and references.")
-    levels = sorted({*(thresholds or THRESHOLDS), present.threshold})
+    levels = sorted({*(thresholds or THRESHOLDS), *map(present.threshold_of, (1, 3))})
     sizes = sorted({*(min_voxels or MIN_VOXELS), present.min_voxels})
     for level, size in product(levels, sizes):
         replace(present, threshold=level, min_voxels=size)  # refuses what is out of range
@@ -184,6 +211,7 @@ class _Swept:
     """Scores of one scan, arrays (views, thresholds, sizes)."""
 
     subject: str
+    planes: int
     healthy: bool
     scores: Mapping[str, FloatArray]
     found_ml: FloatArray
@@ -204,7 +232,7 @@ class _Search:
     def __init__(
         self,
         cases: Sequence[TuningCase],
-        maps: ProbabilityMaps,
+        maps: MapSource,
         modes: Sequence[TtaMode],
         sizes: Sequence[int],
         min_peak: float,
@@ -228,7 +256,8 @@ class _Search:
         ]
         stacked = {key: np.stack([one[key] for one in swept]) for key in swept[0]}
         found_ml = stacked.pop("prediction_voxels") * volume.voxel_volume_ml
-        return _Swept(case.subject, not (reference == 1).any(), stacked, found_ml)
+        healthy = not (reference == 1).any()
+        return _Swept(case.subject, self._maps.planes_of(volume), healthy, stacked, found_ml)
 
     def _show(
         self, progress: Progress | None, number: int, mode: TtaMode, done: int, total: int
@@ -289,7 +318,9 @@ def _choose(
     found_ml = np.full(len(settings), np.nan)
     if healthy:
         found_ml = np.mean([scan.found_ml[:, order].ravel() for scan in healthy], axis=0)
-    before = Setting(present.threshold, present.min_voxels, present.tta)
+    thresholds = {present.threshold_of(scan.planes) for scan in scans}
+    before = Setting(min(thresholds), present.min_voxels, present.tta)
+    known = len(thresholds) == 1 and before in settings
     ranks = simplicity(settings, before)
     gains = scores[metric.key] * (1.0 if metric.better == "higher" else -1.0)
     best, chosen = choose(gains, ranks)
@@ -306,9 +337,16 @@ def _choose(
         false_positive_ml=found_ml,
         best=best,
         chosen=chosen,
-        present=settings.index(before) if before in settings else None,
+        present=settings.index(before) if known else None,
+        scope=_scope(present, {scan.planes for scan in scans}),
         left_out=tuple(leave_one_out(gains, ranks)),
     )
+
+
+def _scope(present: InferenceConfig, planes: Set[int]) -> Scope:
+    if present.threshold_three_planes is None or len(planes) > 1:
+        return "every scan"
+    return "one plane" if planes == {1} else "three planes"
 
 
 # --- result -----------------------------------------------------------------------------------
@@ -329,19 +367,26 @@ def tuned_card(card: ModelCard, tuning: Tuning) -> ModelCard:
         mean, (low, high) = mean_interval(tuning.left_out_scores)
         left_out = {"": mean, "_low": low, "_high": high}
         values.update({f"{key}_left_out{end}": value for end, value in left_out.items()})
+    chosen = asdict(tuning.setting)
     record: dict[str, Any] = {
         "metric": key,
         "subjects": len(tuning.subjects),
         "scans": tuning.scans,
         "healthy_scans": tuning.healthy_scans,
         "settings_compared": len(tuning.settings),
-        **asdict(tuning.setting),
+        "scope": tuning.scope,
+        **chosen,
     }
+    inference = card.inference
+    if tuning.scope == "three planes":
+        chosen["threshold_three_planes"] = chosen.pop("threshold")
+    elif tuning.scope == "one plane":
+        chosen["threshold_three_planes"] = inference.threshold_three_planes
     metrics = {name: value for name, value in card.metrics.items() if not name.startswith("tuned_")}
     metrics.update({f"tuned_{name}": round(v, 4) for name, v in values.items() if np.isfinite(v)})
     return replace(
         card,
-        inference=card.inference.changed(**asdict(tuning.setting)),
+        inference=inference.changed(**chosen),
         training={**card.training, "tuning": record},
         metrics=metrics,
     )

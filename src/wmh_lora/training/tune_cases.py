@@ -8,7 +8,7 @@ from pathlib import Path
 from wmh_lora.data.manifest import read_manifest
 from wmh_lora.data.split import Part, read_split
 from wmh_lora.errors import ConfigError, DataError
-from wmh_lora.evaluation.cohort import match_scans
+from wmh_lora.evaluation.cohort import match_scans, why_none_match
 from wmh_lora.evaluation.layouts import find_scans
 from wmh_lora.files import image_stem
 from wmh_lora.logs import LOGGER
@@ -41,7 +41,8 @@ class TuningCase:
 def cases_of_run(config: RunConfig) -> list[TuningCase]:
     """List the validation scans of a training run; a stride of its own has no effect here.
 
-    A name ending in ``_ses-<label>`` is a visit of the subject named before.
+    Where a scan's subject is not told, a name ending in ``_ses-<label>`` is a visit of the one
+    named before.
 
     Raises
     ------
@@ -59,7 +60,8 @@ def cases_of_run(config: RunConfig) -> list[TuningCase]:
                     "the run was started, or name the data folder with --data-root."
                 )
         name = case.name or image_stem(image)
-        cases.append(TuningCase(name, name.partition("_ses-")[0], image, reference))
+        subject = case.subject or name.partition("_ses-")[0]
+        cases.append(TuningCase(name, subject, image, reference))
     return cases
 
 
@@ -76,8 +78,8 @@ def cases_of_folders(images: Path, references: Path) -> list[TuningCase]:
     )
     if not pairs:
         raise DataError(
-            f"No image in {images} belongs to a reference in {references}; files are paired by "
-            "subject and session in their names."
+            f"No image in {images} belongs to a reference in {references}: "
+            + why_none_match(lonely_images, lonely_masks)
         )
     for file, reason in (*lonely_images, *lonely_masks):
         LOGGER.warning("%s is left out: %s.", file.path, reason)

@@ -118,6 +118,7 @@ class TestCcc:
         assert math.isnan(ccc([1.0, 1.0], [1.0, 1.0]).value)
         assert math.isnan(ccc([1.0], [1.0]).value)
         assert ccc([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]).value == 0.0
+        assert ccc([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]).value == -1.0
 
 
 def test_agree_collects_everything(rng: np.random.Generator) -> None:

@@ -17,6 +17,7 @@ from wmh_lora.evaluation.cohort import (
     evaluate_pairs,
     match_scans,
     pair_folders,
+    pair_with,
     read_participants,
 )
 from wmh_lora.evaluation.layouts import ScanFile
@@ -54,6 +55,18 @@ def test_several_labels_of_a_prediction_are_noted(tmp_path: Path) -> None:
         write_nifti(tmp_path / f"{name}.nii.gz", data, volume)
     case = evaluate_pair(pair_of(tmp_path / "p.nii.gz", tmp_path / "r.nii.gz"))
     assert "several labels (3, 255)" in case.note
+
+
+def test_a_background_of_nan_is_no_fraction(tmp_path: Path) -> None:
+    volume = Volume(np.zeros((16, 16, 16), np.float32), np.eye(4))
+    mask = np.zeros((16, 16, 16), np.float32)
+    mask[2:4, 2:4, 2:4] = 1
+    holed = np.where(np.indices(mask.shape)[0] > 10, np.nan, mask).astype(np.float32)
+    for name, data in (("r", mask), ("p", holed)):
+        write_nifti(tmp_path / f"{name}.nii.gz", data, volume)
+    case = evaluate_pair(pair_of(tmp_path / "p.nii.gz", tmp_path / "r.nii.gz"))
+    assert case.metrics.dice == 1.0
+    assert "fractions" not in case.note
 
 
 class TestMatching:
@@ -135,6 +148,21 @@ class TestFolders:
         write_mask(tmp_path / "r" / "b_mask.nii.gz")
         with pytest.raises(DataError, match="'a' and 'b'"):
             pair_folders("c", tmp_path / "p", tmp_path / "r")
+
+    def test_no_pair_for_another_reason_than_names(self, tmp_path: Path) -> None:
+        for rater in ("a", "b"):
+            write_mask(tmp_path / "p" / f"sub-1_desc-{rater}_mask.nii.gz")
+        write_mask(tmp_path / "r" / "sub-1_mask.nii.gz")
+        with pytest.raises(DataError, match=r"sub-1_desc-a_mask.*several files for one scan"):
+            pair_folders("c", tmp_path / "p", tmp_path / "r")
+
+    def test_with_references_that_are_known(self, tmp_path: Path) -> None:
+        write_mask(tmp_path / "sub-1_mask.nii.gz")
+        pairing = pair_with("c", tmp_path, [scan("1"), scan("2")], "of a list")
+        assert [pair.reference for pair in pairing.pairs] == [scan("1")]
+        assert [(u.role, u.path.name) for u in pairing.unpaired] == [("reference", "20")]
+        with pytest.raises(DataError, match="reference of a list: the first names are '1' and '3'"):
+            pair_with("c", tmp_path, [scan("3")], "of a list")
 
 
 class TestScoring:

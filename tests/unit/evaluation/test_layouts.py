@@ -44,6 +44,7 @@ def test_challenge_tree(tmp_path: Path) -> None:
         "training/Utrecht/0/pre/FLAIR.nii.gz",
         "training/Utrecht/0/pre/T1.nii.gz",
         "test/Amsterdam/GE3T/101/wmh.nii.gz",
+        "additional_annotations/observer_o3/training/Utrecht/0/result.nii.gz",
     )
     found = find_scans(tmp_path, "mask")
     assert [(s.site, s.subject) for s in found] == [("Amsterdam/GE3T", "101"), ("Utrecht", "0")]

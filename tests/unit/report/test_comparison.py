@@ -95,6 +95,13 @@ def test_the_text_says_what_a_reader_must_know(document: dict[str, Any]) -> None
     assert "-0" not in text
 
 
+def test_what_is_undefined_is_counted_in_every_cell(document: dict[str, Any]) -> None:
+    text = comparison_markdown(document).partition("## Differences")[2]
+    (row,) = [line for line in text.splitlines() if line.startswith("| theirs ")]
+    assert row.count("(4 undefined)") == 1  # HD95
+    assert "as few as 0 people" not in text
+
+
 def test_methods_without_a_scan_in_common_have_no_difference() -> None:
     apart = _cases("theirs", THEIRS)
     moved = [

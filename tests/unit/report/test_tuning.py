@@ -61,6 +61,7 @@ def _tuning(subjects: int, *, healthy: int = 0, key: str = "dice", known: bool =
         best=best,
         chosen=chosen,
         present=settings.index(Setting(0.5, 3, "none")) if known else None,
+        scope="every scan" if known else "three planes",
         left_out=tuple(leave_one_out(scores[key], ranks)),
     )
 

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from wmh_lora.config import InferenceConfig, ModelConfig, PreprocessConfig, TtaMode
-from wmh_lora.engine_maps import MapProgress, ProbabilityMaps
+from wmh_lora.engine_maps import MapProgress
 from wmh_lora.errors import ConfigError, DataError, GridMismatchError
 from wmh_lora.evaluation.metrics import evaluate
 from wmh_lora.evaluation.selection import Setting
@@ -28,13 +28,25 @@ from wmh_lora.volume import Volume, write_nifti
 Labels = NDArray[np.uint8]
 
 SHAPE = (16, 18, 8)
+CARD = ModelCard(
+    name="test",
+    model=ModelConfig(),
+    preprocess=PreprocessConfig(),
+    inference=InferenceConfig(batch_size=7, tta="d4"),
+    base_sha256="0" * 64,
+    training={"data": "phantoms"},
+    metrics={"dice": 0.5, "tuned_avd_percent": 3.0},
+)
 
 
-class _Maps(ProbabilityMaps):
+class _Maps:
     """Gives back the image divided by 100 as the map; turned views blur nothing but scale it."""
 
     def __init__(self) -> None:
         self.calls = 0
+
+    def planes_of(self, volume: Volume) -> int:
+        return 3 if volume.path is not None and "iso" in volume.path.name else 1
 
     def of(
         self,
@@ -109,6 +121,42 @@ def test_the_default_search_refines_around_the_best(tmp_path: Path) -> None:
     assert tuning.left_out == ()
 
 
+@pytest.mark.parametrize(
+    ("names", "scope", "before", "tuned"),
+    [
+        (("sub-1", "sub-2"), "one plane", 0.6, (0.4, 0.2)),
+        (
+            ("iso-1", "iso-2"),
+            "three planes",
+            0.2,
+            (0.6, 0.4),
+        ),
+        (
+            ("sub-1", "iso-2"),
+            "every scan",
+            None,
+            (0.4, None),
+        ),
+    ],
+)
+def test_the_threshold_of_these_scans_is_compared_and_changed(
+    tmp_path: Path,
+    names: Sequence[str],
+    scope: str,
+    before: float | None,
+    tuned: tuple[float, float | None],
+) -> None:
+    cases = [_case(tmp_path, name, number) for number, name in enumerate(names)]
+    present = InferenceConfig(threshold=0.6, threshold_three_planes=0.2)
+    tuning = tune(cases, _Maps(), present, thresholds=(0.4,), min_voxels=(3,), views=("none",))
+    assert (tuning.scope, tuning.setting.threshold) == (scope, 0.4)
+    was = None if tuning.present is None else tuning.settings[tuning.present].threshold
+    assert was == before
+    card = dataclasses.replace(CARD, inference=present)
+    inference = tuned_card(card, tuning).inference
+    assert (inference.threshold, inference.threshold_three_planes) == tuned
+
+
 def test_the_present_settings_are_compared(tmp_path: Path) -> None:
     case = _case(tmp_path, "sub-1", 1)
     present = InferenceConfig(threshold=0.37, min_voxels=7, tta="flip")
@@ -180,15 +228,7 @@ def test_wrong_scans_and_settings_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_card_says_what_was_done(tmp_path: Path) -> None:
-    card = ModelCard(
-        name="test",
-        model=ModelConfig(),
-        preprocess=PreprocessConfig(),
-        inference=InferenceConfig(batch_size=7, tta="d4"),
-        base_sha256="0" * 64,
-        training={"data": "phantoms"},
-        metrics={"dice": 0.5, "tuned_avd_percent": 3.0},
-    )
+    card = CARD
     cases = [_case(tmp_path, f"sub-{n}", n) for n in range(3)]
     tuning = tune(cases, _Maps(), card.inference)
     found = tuned_card(card, tuning)

@@ -25,11 +25,13 @@ def test_of_a_run(tmp_path: Path) -> None:
         validation=(
             ValidationCase("a/sub-1_FLAIR.nii.gz", "a/mask.nii.gz", stride=5),
             ValidationCase("a/sub-1_FLAIR.nii.gz", name="sub-2_ses-b"),
+            ValidationCase("a/sub-1_FLAIR.nii.gz", name="sub-3_run-2", subject="sub-3"),
         ),
     )
     assert cases_of_run(config) == [
         TuningCase("sub-1", "sub-1", flair, mask),
         TuningCase("sub-2_ses-b", "sub-2", flair, None),
+        TuningCase("sub-3_run-2", "sub-3", flair, None),
     ]
     mask.unlink()
     with pytest.raises(ConfigError, match=r"mask\.nii\.gz.*--data-root"):
@@ -51,5 +53,10 @@ def test_of_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "sub-2_FLAIR" in caplog.text
     (masks / "sub-1_ses-a_label-WMH_mask.nii.gz").unlink()
     (masks / "sub-1_ses-b_label-WMH_mask.nii.gz").rename(masks / "sub-9_mask.nii.gz")
-    with pytest.raises(DataError, match="belongs"):
+    with pytest.raises(DataError, match=r"belongs.*'1_a', '1_b', '2' and '9'"):
+        cases_of_folders(images, masks)
+    for rater in ("a", "b"):
+        _touch(masks / f"sub-2_desc-{rater}_mask.nii.gz")
+    (masks / "sub-9_mask.nii.gz").unlink()
+    with pytest.raises(DataError, match="several files for one scan"):
         cases_of_folders(images, masks)
