@@ -111,12 +111,12 @@ def _option(option: click.Option) -> list[dict[str, Any]]:
     assert option.name is not None
     names = [opts[0] for opts in (_long(option.opts), _long(option.secondary_opts)) if opts]
     entries = []
-    for flag in names:
+    for place, flag in enumerate(names):
         identifier = _NAMED.get(option.name, flag.removeprefix("--").replace("-", "_"))
         entry = {
             "id": identifier,
             "name": identifier.replace("_", " ").capitalize(),
-            "description": option.help,
+            "description": f"Turns {names[0]} off." if place else option.help,
             "command-line-flag": flag,
             "value-key": f"[{identifier.upper()}]",
             "optional": True,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from wmh_lora.errors import GridMismatchError
 from wmh_lora.report.figures import BLACK, ORANGE, SKY, VERMILION, YELLOW, style
+from wmh_lora.report.montage import edge_letters
 from wmh_lora.view import choose_view
 from wmh_lora.volume import Volume
 
@@ -45,6 +46,8 @@ class Example:
         Height and width of a pixel.
     window : two floats
         Intensities shown as black and as white.
+    letters : two strings
+        Directions of the left and the right edge, such as R and L.
     """
 
     title: str
@@ -53,6 +56,7 @@ class Example:
     prediction: NDArray[np.bool_]
     pixel_mm: tuple[float, float]
     window: tuple[float, float]
+    letters: tuple[str, str]
 
 
 def example_slice(
@@ -103,6 +107,7 @@ def example_slice(
         prediction=masks[1][index, rows, columns],
         pixel_mm=(view.spacing_mm[1], view.spacing_mm[2]),
         window=(low, max(high, low + 1e-6)),
+        letters=edge_letters(view, image),
     )
 
 
@@ -130,6 +135,10 @@ def predictions_grid(examples: Sequence[Example]) -> Figure:
             for column, axis in enumerate(axes):
                 _tile(axis, example, column)
             axes[0].set_title(example.title, loc="left", fontsize=8.0)
+            for letter, x, side in zip(example.letters, (0.02, 0.98), ("left", "right")):
+                axes[0].annotate(
+                    letter, (x, 0.5), xycoords="axes fraction", ha=side, va="center", color="white"
+                )
         for axis, head in zip(grid[0], HEADS, strict=True):
             axis.annotate(
                 head,

@@ -50,6 +50,7 @@ _LABEL_APART = 0.13  # of the height of a panel: two lines of text
 
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
+    "text.parse_math": False,  # names may hold dollar signs
     "font.size": 8.0,
     "axes.labelsize": 9.0,
     "axes.titlesize": 9.0,
@@ -165,7 +166,7 @@ def correlation(series: Sequence[Series]) -> Figure:
             text = "\n".join(
                 f"{label} = {value:.3f}"
                 for label, value in (
-                    ("$R^2$", result.pearson_r2),
+                    ("R²", result.pearson_r2),
                     ("ICC(2,1)", result.icc.value),
                     ("CCC", result.ccc.value),
                 )

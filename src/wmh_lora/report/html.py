@@ -9,6 +9,7 @@ from typing import Any
 from wmh_lora.report.html_charts import size_histogram
 from wmh_lora.report.html_cohort import CohortFailure, CohortScan, cohort_html
 from wmh_lora.report.html_facts import (
+    DEEP_HOLDS,
     key_figures,
     quality_of,
     setting_rows,
@@ -74,6 +75,7 @@ def scan_html(
         figures=key_figures(segmentation, report),
         splits=splits_of(report),
         quality=quality_of(report),
+        deep_holds=DEEP_HOLDS,
         fazekas_rule=((regions or {}).get("fazekas") or {}).get("rule"),
         lesions=lesions,
         located=any(lesion.region is not None for lesion in lesions),

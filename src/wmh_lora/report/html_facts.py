@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -12,6 +13,7 @@ from wmh_lora.quality import mean_uncertainty
 from wmh_lora.report.segmented import Segmented
 
 __all__ = [
+    "DEEP_HOLDS",
     "VERDICTS",
     "Check",
     "Figure",
@@ -36,6 +38,12 @@ _VIEWS = {"none": "1 view", "flip": "4 views (flips)", "d4": "8 views (flips and
 _NO_REGIONS = "This report was made without the analysis of regions."
 _THRESHOLD_STEP = 0.1
 _DIGEST_SHOWN = 12
+DEEP_HOLDS = (
+    "Deep includes juxtacortical, deep grey, brain stem and cerebellar lesions, which the model "
+    "does not tell apart."
+)
+"""What is to be said of both rules."""
+
 _RULES = {
     "component_contact": (
         "Contact rule",
@@ -198,10 +206,15 @@ def _fazekas(regions: Mapping[str, Any] | None) -> Figure:
         label,
         f"{grades['periventricular']} / {grades['deep']}",
         "PV / deep",
-        f"Measured: reach from the ventricles {grades['periventricular_reach_mm']:.0f} mm, "
-        f"largest deep lesion {grades['deep_diameter_mm']:.0f} mm. Not a visual rating.",
+        f"Measured: reach from the ventricles {_cut(grades['periventricular_reach_mm'])} mm, "
+        f"largest deep lesion {_cut(grades['deep_diameter_mm'])} mm. Not a visual rating.",
         tag="estimate",
     )
+
+
+def _cut(length_mm: float) -> str:
+    """Write a length without rounding up, which would reach limits that it is below."""
+    return f"{math.floor(10.0 * length_mm) / 10.0:.1f}"
 
 
 def _uncertainty(segmentation: Segmented, report: Mapping[str, Any]) -> Figure:

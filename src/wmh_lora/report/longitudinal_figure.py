@@ -12,7 +12,14 @@ from scipy import ndimage
 
 from wmh_lora.longitudinal.changes import CHANGES
 from wmh_lora.longitudinal.study import FollowUp
-from wmh_lora.report.montage import Frame, choose_slices, frame_head
+from wmh_lora.report.montage import (
+    Frame,
+    choose_slices,
+    edge_letters,
+    frame_head,
+    position_label,
+    write_small,
+)
 from wmh_lora.view import choose_view
 from wmh_lora.volume import Volume
 
@@ -39,6 +46,8 @@ _TILE_PX = 360  # of the longer side
 _BAR_PX = 26
 _GAP_PX = 16
 _TEXT_RGB = (235, 235, 235)
+_TOLD_ML = 0.005  # what two decimals show
+_NOTICE = "Research software, not a medical device. Lesions outlined in the space half-way."
 
 
 def follow_up_figure(
@@ -64,7 +73,8 @@ def follow_up_figure(
         of those that vanished, or else of those that changed. Changes that are too small are not
         outlined.
     """
-    view = choose_view(Volume(scans[0], result.alignment.affine), 1.0)
+    half_way = Volume(scans[0], result.alignment.affine)
+    view = choose_view(half_way, 1.0)
     stacks = [view.to_view(scan) for scan in scans]
     kinds = view.to_view(changes)
     frames = [frame_head(stack, kinds > 0) for stack in stacks]
@@ -81,7 +91,8 @@ def follow_up_figure(
         ]
         for i in rows
     ]
-    return _arrange(result, tiles, size_px)
+    labels = [position_label(view, half_way, i) for i in rows]
+    return _arrange(result, tiles, labels, edge_letters(view, half_way), size_px)
 
 
 def _common_box(frames: Sequence[Frame]) -> tuple[slice, slice]:
@@ -118,7 +129,11 @@ def _tile(
 
 
 def _arrange(
-    result: FollowUp, tiles: Sequence[Sequence[Image.Image]], size_px: tuple[int, int]
+    result: FollowUp,
+    tiles: Sequence[Sequence[Image.Image]],
+    labels: Sequence[str],
+    letters: tuple[str, str],
+    size_px: tuple[int, int],
 ) -> Image.Image:
     """Lay out the visits of a slice side by side, and slices beside each other where they fit."""
     width, height = size_px
@@ -131,22 +146,35 @@ def _arrange(
     total = result.totals[-1]
     percent = "" if total.percent is None else f" ({total.percent:+.0f} %)"
     verdict = "within" if total.within_repeatability else "beyond"
-    title = f"{total.change_ml:+.2f} mL{percent}, {verdict} repeatability ({total.limit_ml:.2f} mL)"
+    before, after = result.visits[total.before].name, result.visits[total.after].name
+    title = (
+        f"{before} to {after}: {total.change_ml:+.2f} mL{percent}, {verdict} repeatability "
+        f"({total.limit_ml:.2f} mL)"
+    )
     canvas_px = max(block_px * beside, legend_px, round(bold.getlength(title)) + 16)
-    canvas = Image.new("RGB", (canvas_px, 3 * _BAR_PX + height * below))
+    bottom = 3 * _BAR_PX + height * below
+    canvas = Image.new("RGB", (canvas_px, bottom + _BAR_PX))
     draw = ImageDraw.Draw(canvas)
     draw.text((8, _BAR_PX // 2), title, fill=_TEXT_RGB, font=bold, anchor="lm")
     left = 8
     for kind, colour in COLOURS_RGB.items():
         draw.text((left, _BAR_PX * 3 // 2), kind, fill=colour, font=plain, anchor="lm")
         left += round(plain.getlength(kind)) + 18
+    place = (8, bottom + _BAR_PX // 2)
+    draw.text(place, _NOTICE, fill=_TEXT_RGB, font=plain, anchor="lm")
     for number, pictures in enumerate(tiles):
         row, column = divmod(number, beside)
         for i, (visit, volumes) in enumerate(zip(result.visits, result.volumes, strict=True)):
             x, y = column * block_px + i * width, 3 * _BAR_PX + row * height
             canvas.paste(pictures[i], (x, y))
+            write_small(draw, (x + 3, y + height // 2), letters[0], "lm")
+            write_small(draw, (x + width - 3, y + height // 2), letters[1], "rm")
+            if i == 0:
+                write_small(draw, (x + 4, y + height - 4), labels[number], "ls")
             if row == 0:
                 text = f"{visit.name}: {volumes.volume_ml:.2f} mL"
+                if abs(volumes.volume_ml - volumes.common_ml) >= _TOLD_ML:
+                    text += f" ({volumes.common_ml:.2f} in common view)"
                 place = (x + 8, _BAR_PX * 5 // 2)
                 draw.text(place, text, fill=_TEXT_RGB, font=plain, anchor="lm")
     return canvas

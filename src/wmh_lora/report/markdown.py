@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 __all__ = ["MINUS", "NOT_AVAILABLE", "escape", "fixed", "table", "with_interval"]
+
+_MARKUP = re.compile(r"[\\`*<|]|(?<![^\W_])_|_(?![^\W_])|(?<=\])\(")
 
 MINUS = "\N{MINUS SIGN}"
 NOT_AVAILABLE = "n/a"  # as BIDS writes it
 
 
 def escape(text: str) -> str:
-    """Keep names of files and people's labels from being read as Markdown."""
-    return " ".join(text.replace("|", "\\|").split())
+    r"""Keep names of files and people's labels from being read as Markdown.
+
+    Brackets of intervals and underscores within names mean nothing there, and stay.
+
+    Examples
+    --------
+    >>> print(escape("a_b*c|d"), escape("_a_ <b>"), escape("[x](y) [0.1, 0.2]"))
+    a_b\*c\|d \_a\_ \<b> [x]\(y) [0.1, 0.2]
+    """
+    return " ".join(_MARKUP.sub(r"\\\g<0>", text).split())
 
 
 def fixed(value: float | None, digits: int, *, sign: bool = False) -> str:

@@ -20,7 +20,17 @@ from wmh_lora.evaluation.masks import OTHER_PATHOLOGY_LABEL
 from wmh_lora.view import View, choose_view
 from wmh_lora.volume import Volume
 
-__all__ = ["Frame", "choose_slices", "frame_head", "lesions_of", "montage", "png_bytes"]
+__all__ = [
+    "Frame",
+    "choose_slices",
+    "edge_letters",
+    "frame_head",
+    "lesions_of",
+    "montage",
+    "png_bytes",
+    "position_label",
+    "write_small",
+]
 
 MAX_SLICES = 20
 COLUMNS = 5
@@ -118,7 +128,7 @@ def montage(
     indices = choose_slices(frame.tissue, drawn, MAX_SLICES)
     panel = _panel(view, volume, (frame.rows, frame.columns), frame.window)
     tiles = [_tile(scan[i], [(m[i], c) for m, c in layers], panel) for i in indices]
-    labels = [_position_label(view, volume, i) for i in indices]
+    labels = [position_label(view, volume, i) for i in indices]
     return _arrange(tiles, labels, panel, title, has_reference=reference is not None)
 
 
@@ -233,7 +243,7 @@ def _panel(
     width_mm = (columns.stop - columns.start) * view.spacing_mm[2]
     scale = TILE_PX / max(height_mm, width_mm)
     size_px = (max(1, round(width_mm * scale)), max(1, round(height_mm * scale)))
-    return _Panel(rows, columns, size_px, window, _EDGE_LETTERS[_slice_direction(view, volume)])
+    return _Panel(rows, columns, size_px, window, edge_letters(view, volume))
 
 
 def _extent(profile: NDArray[Any], drawn: NDArray[Any]) -> slice:
@@ -282,6 +292,7 @@ def _arrange(
     legend = [("found", PREDICTION_RGB)]
     if has_reference:
         legend.append(("reference", REFERENCE_RGB))
+    title = " ".join(title.split())  # names may hold line breaks
     legend_font, title_font = ImageFont.load_default(13), ImageFont.load_default(17)
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     needed = math.ceil(ruler.textlength(title, title_font)) + 110 * len(legend) + 20
@@ -295,18 +306,23 @@ def _arrange(
     for number, (tile, label) in enumerate(zip(tiles, labels, strict=True)):
         x, y = (number % columns) * width, BAR_PX + (number // columns) * height
         canvas.paste(Image.fromarray(tile), (x, y))
-        _write(draw, (x + 3, y + height // 2), panel.letters[0], "lm")
-        _write(draw, (x + width - 3, y + height // 2), panel.letters[1], "rm")
-        _write(draw, (x + 4, y + height - 4), label, "ls")
+        write_small(draw, (x + 3, y + height // 2), panel.letters[0], "lm")
+        write_small(draw, (x + width - 3, y + height // 2), panel.letters[1], "rm")
+        write_small(draw, (x + 4, y + height - 4), label, "ls")
     return canvas
 
 
-def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, anchor: str) -> None:
-    """Small text that can be read on bright and dark tissue alike."""
+def write_small(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, anchor: str) -> None:
+    """Write small text that can be read on bright and dark tissue alike."""
     font = ImageFont.load_default(13)
     draw.text(
         place, text, fill=TEXT_RGB, font=font, anchor=anchor, stroke_width=1, stroke_fill=(0, 0, 0)
     )
+
+
+def edge_letters(view: View, volume: Volume) -> tuple[str, str]:
+    """Return the directions of a slice's left and right edge, such as R and L."""
+    return _EDGE_LETTERS[_slice_direction(view, volume)]
 
 
 def _slice_direction(view: View, volume: Volume) -> int:
@@ -314,8 +330,8 @@ def _slice_direction(view: View, volume: Volume) -> int:
     return int(io_orientation(volume.affine)[view.axes[0], 0])
 
 
-def _position_label(view: View, volume: Volume, index: int) -> str:
-    """Where a slice lies, in scanner millimetres at its centre: what every viewer shows."""
+def position_label(view: View, volume: Volume, index: int) -> str:
+    """Return where a slice lies, in scanner millimetres at its centre: what every viewer shows."""
     native = [(n - 1) / 2.0 for n in view.shape_native]
     axis = view.axes[0]
     native[axis] = float(view.shape_native[axis] - 1 - index if view.flips[0] else index)

@@ -17,6 +17,7 @@ from wmh_lora._version import __version__
 from wmh_lora.files import printable
 from wmh_lora.report.extras import require
 from wmh_lora.report.html_facts import (
+    DEEP_HOLDS,
     Figure,
     key_figures,
     quality_of,
@@ -157,6 +158,8 @@ def _front(
         page.text(_MARGIN + 0.12, y, text, size=8)
         page.text(_MARGIN + 0.12, y - 0.012, split.rule, size=6.2, color=_SOFT)
         y -= 0.03
+    page.text(_MARGIN + 0.12, y + 0.004, DEEP_HOLDS, size=6.2, color=_SOFT)
+    y -= 0.008
     _montage(page, segmentation, y - 0.002)
     return page
 

@@ -126,8 +126,8 @@ def viewer_scene(segmentation: Segmented) -> ViewerScene:
     """Pack the scan, its mask, its probability and, where it is known, its uncertainty.
 
     The head is cut out, with every lesion. Intensities keep 256 steps between the black of the
-    first window and the 99.5th percentile of the head, which lose the brightest fat only; the
-    header scales them back to the scan's own units.
+    first window and the 99.5th percentile of the head, or the brightest lesion voxel, which lose
+    the brightest fat and vessels only; the header scales them back to the scan's own units.
 
     Parameters
     ----------
@@ -171,6 +171,9 @@ def _head(
     sample = view.to_view(scan)[thinned][frame.tissue[thinned]]
     if sample.size:
         highest = max(highest, float(np.percentile(sample, _HEAD_PERCENTILE)))
+    lesions = scan[mask != 0]  # without a skull they are the brightest
+    if lesions.size:
+        highest = max(highest, float(lesions.max()))
     return _native_box(view, frame.rows, frame.columns), frame.window, highest
 
 

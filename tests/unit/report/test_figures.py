@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Callable
@@ -133,3 +134,11 @@ class TestExample:
         volume, reference, prediction = scan()
         with pytest.raises(GridMismatchError, match="01"):
             example_slice("01", volume, reference[:-1], prediction)
+
+
+def test_names_with_dollar_signs_are_no_formulas() -> None:
+    pairs = Series("cost$\\bad$ a_$x$_b", [1.0, 2.0, 3.0], [1.1, 2.2, 2.9])
+    for figure in (bland_altman([pairs]), correlation([pairs])):
+        svg = io.BytesIO()
+        figure.savefig(svg, format="svg")
+        assert b"cost$" in svg.getvalue()

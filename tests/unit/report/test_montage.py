@@ -57,6 +57,12 @@ def test_does_not_depend_on_the_storage_order(axes: str) -> None:
     np.testing.assert_array_equal(pixels(*head(axes)), pixels(*head()))
 
 
+def test_line_breaks_of_a_name_are_spaces() -> None:
+    volume, mask = head()
+    one, two = (montage(volume, mask, title=title) for title in ("a\nb: 1 mL", "a b: 1 mL"))
+    np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
+
+
 def test_tiles_keep_physical_proportions() -> None:
     volume, mask = head()
     stretched = Volume(volume.data, volume.affine @ np.diag([2.0, 1.0, 1.0, 1.0]))
@@ -106,8 +112,8 @@ def test_positions_are_scanner_millimetres() -> None:
     for axes in ("RAS", "LPI", "SAR"):
         volume, _ = head(axes)
         view = choose_view(volume, 1.0)
-        assert module._position_label(view, volume, 0) == "z -30 mm"
-        assert module._position_label(view, volume, 11) == "z 25 mm"
+        assert module.position_label(view, volume, 0) == "z -30 mm"
+        assert module.position_label(view, volume, 11) == "z 25 mm"
 
 
 class TestChooseSlices:

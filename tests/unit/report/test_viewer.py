@@ -105,6 +105,18 @@ def test_values_survive_to_within_a_step() -> None:
     assert scene.window[1] <= scene.layers[0].high
 
 
+def test_the_brightest_lesion_keeps_its_intensities() -> None:
+    segmentation = segmented_head()
+    data = segmentation.volume.data.copy()
+    lesion = segmentation.mask > 0
+    data[lesion] = data.max() * np.linspace(1.5, 3.0, int(lesion.sum()), dtype=np.float32)
+    bright = replace(segmentation, volume=Volume(data, segmentation.volume.affine))
+    flair = viewer_scene(bright).layers[0]
+    shown = image_of(flair).get_fdata()
+    assert flair.high == pytest.approx(data.max())
+    assert len(np.unique(shown[shown > 1.4 * segmentation.volume.data.max()])) > 20
+
+
 def test_headers_carry_nothing_of_the_file() -> None:
     header = layer_named(segmented_head(), "flair").header
     assert [bytes(header[key]).strip(b"\0") for key in ("descrip", "db_name", "aux_file")] == [

@@ -86,6 +86,7 @@
     for (const [name, map] of Object.entries(COLOURS)) viewer.addColormap(name, map);
     for (const layer of scene.layers) viewer.addVolume(await volumeOf(NVImage, layer));
     viewer.onLocationChange = showPlace;
+    viewer.onIntensityChange = showWindow; // NiiVue's own gestures: right drag, double click
     connect();
     resetView();
     find("fallback").remove();
@@ -120,9 +121,20 @@
     const width = Number(find("width").value);
     viewer.volumes[0].cal_min = level - width / 2;
     viewer.volumes[0].cal_max = level + width / 2;
+    tellWindow(level, width);
+    redraw();
+  }
+
+  function showWindow() {
+    const { cal_min: low, cal_max: high } = viewer.volumes[0];
+    find("level").value = (low + high) / 2;
+    find("width").value = high - low;
+    tellWindow((low + high) / 2, high - low);
+  }
+
+  function tellWindow(level, width) {
     find("level-value").textContent = format(level);
     find("width-value").textContent = format(width);
-    redraw();
   }
 
   const format = (value) => String(Number(value.toPrecision(3)));
