@@ -121,7 +121,7 @@ def write_adapter(base: Path, path: Path, seed: int = 0) -> Path:
         if parameter.requires_grad:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     card = source.model().card
-    record = Record(InferenceConfig(threshold=0.35, min_voxels=2), {"seed": seed})
+    record = Record(InferenceConfig(threshold=0.35, min_voxels=2), 1, {"seed": seed})
     source.save(net, card, path, record, overwrite=False)
     return path
 

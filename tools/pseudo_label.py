@@ -111,7 +111,8 @@ def without_faint(
 ) -> npt.NDArray[np.uint8]:
     """Take lesions back that are hardly brighter than normal tissue beside the scan's others."""
     lesion = labels == 1
-    visible, doubtful = judge_visibility(volume.data, lesion, normal, volume.spacing_mm)
+    image = volume.finite_data()
+    visible, doubtful = judge_visibility(image, lesion, normal, volume.spacing_mm)
     judged = np.where(lesion & ~visible, np.uint8(0), labels)
     judged[doubtful] = OTHER_PATHOLOGY_LABEL
     return judged

@@ -255,6 +255,23 @@ class InferenceConfig:
             chosen.setdefault("threshold_three_planes", None)
         return from_dict(InferenceConfig, {**dataclasses.asdict(self), **chosen})
 
+    def with_threshold(self, threshold: float, planes: int) -> InferenceConfig:
+        """Return settings with this threshold for scans seen in so many planes; the other stays.
+
+        Without a threshold of its own for three planes there is no other.
+
+        Examples
+        --------
+        >>> config = InferenceConfig(threshold=0.4, threshold_three_planes=0.2)
+        >>> changed = config.with_threshold(0.3, 3)
+        >>> changed.threshold_of(1), changed.threshold_of(3)
+        (0.4, 0.3)
+        """
+        if self.threshold_three_planes is None:
+            return self.changed(threshold=threshold)
+        field = "threshold" if planes == 1 else "threshold_three_planes"
+        return from_dict(InferenceConfig, {**dataclasses.asdict(self), field: threshold})
+
     def threshold_of(self, planes: int) -> float:
         """Return the threshold of a scan that was seen in so many planes."""
         if planes == 1 or self.threshold_three_planes is None:

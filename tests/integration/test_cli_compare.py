@@ -224,6 +224,22 @@ def test_results_are_not_mixed_with_those_of_other_settings(
         assert name in result.output
 
 
+def test_results_are_not_mixed_with_those_of_another_split(
+    finished: tuple[Path, Result], config_file: Path
+) -> None:
+    out, _ = finished
+    settings = out / "config.json"
+    before = settings.read_text()
+    known = json.loads(before)
+    assert known["identity"].keys() == {"data.manifest", "data.split"}
+    known["identity"]["data.split"] = "0" * 64
+    settings.write_text(json.dumps(known))
+    result = _compare(config_file, "-o", out, "--resume")
+    settings.write_text(before)
+    assert result.exit_code == 2
+    assert "data.split (its content)" in result.output
+
+
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on(config_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

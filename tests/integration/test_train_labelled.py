@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,34 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert not train(config, tmp_path / "run", on_step=stop)
     assert train(config, tmp_path / "run", resume=True)
     _assert_same_end(whole, tmp_path / "run")
+
+
+def test_a_run_does_not_go_on_with_another_split(
+    project: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    record = json.loads((folder / "data.json").read_text())
+    split = record["split"]
+    split["train"], split["validation"] = split["validation"], split["train"]
+    (folder / "data.json").write_text(json.dumps(record))
+    result = _train(project, folder, "--resume")
+    assert result.exit_code == 2
+    assert "Manifest or split are not those" in result.output
+    assert json.loads((folder / "data.json").read_text()) == record
+
+
+def test_a_validation_scan_is_not_trained_on(project: Path, tmp_path: Path) -> None:
+    part = read_labelled(
+        DataConfig(root=str(project), manifest="manifest.json", split="split.json"), "train"
+    )
+    scan = part.scans[0]
+    shutil.copy(part.manifest.file(scan.image), tmp_path / "copy_FLAIR.nii.gz")
+    mask = part.manifest.file(scan.mask)
+    case = f'validation=[{{image="{tmp_path / "copy_FLAIR.nii.gz"}", reference="{mask}"}}]'
+    result = _train(project, tmp_path / "run", "--set", case)
+    assert result.exit_code == 2
+    assert "is among the training scans" in result.output
 
 
 @pytest.mark.slow

@@ -44,6 +44,16 @@ def test_what_is_faint_beside_other_lesions_is_taken_back() -> None:
     assert (judged[normal] == 0).all()
 
 
+def test_missing_values_outside_the_brain_take_no_lesion_back() -> None:
+    labels = np.zeros((60, 60, 5), dtype=np.uint8)
+    labels[20:32, 20:32, 1:4] = 1
+    scan = np.where(labels == 1, 1.5, 1.0).astype(np.float32)
+    scan[:4] = np.nan
+    normal = (labels == 0) & np.isfinite(scan)
+    judged = without_faint(labels, Volume(scan, np.diag([1.0, 1.0, 4.0, 1.0])), normal)
+    assert (judged[22:30, 22:30, 1:4] == 1).all()
+
+
 def test_structures_that_cannot_be_are_not_labelled() -> None:
     shape = (40, 40, 40)
     volume = Volume(np.ones(shape, np.float32), np.diag([4.0, 4.0, 4.0, 1.0]))

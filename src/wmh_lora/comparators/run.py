@@ -33,7 +33,7 @@ from wmh_lora.data.split import read_split
 from wmh_lora.engine_maps import MapProgress
 from wmh_lora.errors import ConfigError
 from wmh_lora.evaluation.cohort import evaluate_pair
-from wmh_lora.files import open_atomic
+from wmh_lora.files import file_sha256, open_atomic
 from wmh_lora.logs import LOGGER
 from wmh_lora.postprocess import lesion_mask
 from wmh_lora.training.records import finite
@@ -73,7 +73,12 @@ class Comparison:
         self.config, self.out_dir = config, out_dir
         data = from_dict(DataConfig, config.data)
         self.manifest: Manifest = read_manifest(data.path(data.manifest))
-        names = [split.name for split in read_split(data.path(data.split), self.manifest).splits]
+        split_file = data.path(data.split)
+        names = [split.name for split in read_split(split_file, self.manifest).splits]
+        self._identity = {
+            "data.manifest": self.manifest.sha256,
+            "data.split": file_sha256(split_file),
+        }
         self.folds: Sequence[Fold] = [
             read_fold(data, name) for name in (config.comparison.folds or names)
         ]
@@ -164,7 +169,7 @@ class Comparison:
     def _prepare(self, resume: bool) -> None:
         """Write the settings; on resuming, compare with those that results were made with."""
         path = self.out_dir / "config.json"
-        settings = to_dict(self.config)
+        settings = {**to_dict(self.config), "identity": self._identity}
         if path.is_file():
             if not resume:
                 raise ConfigError(
@@ -237,6 +242,11 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         whole = table in ("comparison", "preprocess")
         keys = sorted(old.keys() & new.keys() if whole else old.keys() | new.keys())
         changed += [f"{table}.{key}" for key in keys if old.get(key) != new.get(key)]
+    # what the files held; results of an earlier version do not say
+    known = before.get("identity", now["identity"])
+    changed += [
+        f"{name} (its content)" for name, was in known.items() if was != now["identity"][name]
+    ]
     both = sorted(before["methods"].keys() & now["methods"].keys())
     changed += [f"methods.{n}" for n in both if before["methods"][n] != now["methods"][n]]
     return [name for name in changed if name not in free]

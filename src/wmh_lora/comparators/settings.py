@@ -299,6 +299,13 @@ def training_settings(config: ComparisonConfig, settings: MethodSettings) -> Tra
     merged = from_dict(TrainingConfig, {**config.training, **own})
     if merged.epochs:
         raise ConfigError("training.epochs has no effect here: comparison.seconds is the budget.")
+    plain = TrainingConfig()
+    for name in ("start_from", "trained", "gradient_checkpointing"):
+        if getattr(merged, name) != getattr(plain, name):
+            raise ConfigError(
+                f"training.{name} has no effect here: every method is trained whole, from its "
+                "encoder's base weights or from scratch."
+            )
     if config.comparison.clock == "cpu" and merged.workers:
         raise ConfigError(
             "training.workers must be 0 with comparison.clock = 'cpu': the processor time of "

@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from wmh_lora.data.fields import FloatArray, log_uniform, smooth_field, uniform
 from wmh_lora.preprocess import WHITE_MATTER_LEVEL
+from wmh_lora.preprocess_head import find_background
 
 if TYPE_CHECKING:
     from wmh_lora.data.synthesis import Case
@@ -31,8 +32,7 @@ def augment_scan(rng: np.random.Generator, case: Case, *, extracted: bool = Fals
     """
     image = case.volume.data
     shape = case.volume.shape
-    top = float(np.percentile(image, 99.8))
-    unit = np.clip(image / top, 0.0, None)
+    unit = _from_zero(image)
     coil = uniform(rng, 0.0, 0.25) * smooth_field(rng, shape, 90.0)
     unit = unit * np.exp(coil)
     if rng.random() < 0.5:
@@ -52,6 +52,20 @@ def augment_scan(rng: np.random.Generator, case: Case, *, extracted: bool = Fals
         unit = np.where(brain, unit, 0.0)
     data = (unit * uniform(rng, 100.0, 4000.0)).astype(np.float32)
     return replace(case, volume=replace(case.volume, data=data))
+
+
+def _from_zero(image: FloatArray) -> FloatArray:
+    """Scale a scan so that its darkest tissue lies at 0 or above and its brightest about 1.
+
+    Below zero lies tissue where intensities are z-scores, and ringing of interpolation elsewhere.
+    """
+    top = float(np.percentile(image, 99.8))
+    if image.min() >= 0.0:
+        return np.asarray(image / top)
+    background = find_background(image)
+    bottom = min(0.0, float(np.percentile(image[~background], 0.1)))
+    unit = np.clip((image - bottom) / (top - bottom), 0.0, None)
+    return np.where(background, np.float32(0.0), unit)
 
 
 def _off_plane(in_plane: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

@@ -305,6 +305,7 @@ class _Flat:
     site: tuple[str, ...]
     subject: str
     session: str
+    run: str  # what else a BIDS-like name tells: run-2, acq-3D
 
 
 def list_flat(
@@ -318,7 +319,8 @@ def list_flat(
     ``X_FLAIR`` or ``X`` goes with ``X_mask``, ``X_FLAIR_mask``, ``X_wmh``, ``X_lesion``, ``X_seg``
     and the like; ``X/FLAIR`` with ``X/mask``; ``images/X`` with ``labels/X``, and
     ``imagesTr/X_0000`` with ``labelsTr/X``. Parts of the name such as ``ses-2`` or ``visit2`` are
-    sessions. Where any file is called FLAIR, other images without a mask are left out.
+    sessions; after ``sub-01``, ``run-2`` and ``acq-3D`` tell scans of one person apart. Where any
+    file is called FLAIR, other images without a mask are left out.
 
     Parameters
     ----------
@@ -331,15 +333,15 @@ def list_flat(
         without it ``0000`` is the FLAIR.
     """
     roles = {"0000": "flair"} if channels is None else channels
-    groups: dict[tuple[tuple[str, ...], str, str], dict[str, list[PurePosixPath]]] = {}
+    groups: dict[tuple[tuple[str, ...], str, str, str], dict[str, list[PurePosixPath]]] = {}
     for path in sorted(paths):
         file = _read_flat(path, roles)
-        group = groups.setdefault((file.site, file.subject, file.session), defaultdict(list))
-        group[file.role].append(path)
+        key = (file.site, file.subject, file.session, file.run)
+        groups.setdefault(key, defaultdict(list))[file.role].append(path)
     named = any(group["flair"] for group in groups.values())
     scans: list[Found] = []
     unmatched: list[PurePosixPath] = []
-    for (site, subject, session), group in sorted(groups.items()):
+    for (site, subject, session, run), group in sorted(groups.items()):
         images = group["flair"] or ([] if named and not group["mask"] else group["plain"])
         if not images:
             unmatched += group["mask"]
@@ -347,7 +349,7 @@ def list_flat(
             Found(
                 subject=_label([*site, subject or root_name]),
                 session=session,
-                run=_stem(image) if len(images) > 1 else "",
+                run=_stem(image) if len(images) > 1 else run,
                 site=_label(site or [root_name]),
                 image=image,
                 masks=tuple(group["mask"]),
@@ -384,12 +386,16 @@ def _read_flat(path: PurePosixPath, channels: Mapping[str, str]) -> _Flat:
         visit = _VISIT.fullmatch(token)
         session, keep = (visit[1], []) if visit else (session, [token])
         name += keep
+    run = ""
+    if name and name[0].startswith("sub-"):
+        run = "_".join(token for token in name[1:] if "-" in token)
+        name = [name[0], *(token for token in name[1:] if "-" not in token)]
     subject = "_".join(name)
     if places and subject in ("", places[-1]):  # a folder for each person
         subject = places.pop()
     if role in ("", "image"):
         role = _role(words, "flair" if role == "image" else "plain")
-    return _Flat(path, role, tuple(places), subject, session)
+    return _Flat(path, role, tuple(places), subject, session, run)
 
 
 def _undashed(word: str) -> tuple[str, ...]:

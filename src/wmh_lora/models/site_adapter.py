@@ -70,6 +70,9 @@ class AdapterCard:
         From which probability on a voxel is lesion, chosen in cross-validation.
     min_voxels : int
         Smallest lesion kept, chosen likewise.
+    planes : int
+        In how many planes the site's scans are seen: the base's threshold for others stays. 0 if
+        the threshold is for all.
     training : dict
         Seed, steps, rates and time.
     scans : tuple of dict
@@ -90,6 +93,7 @@ class AdapterCard:
     lora_ranks: Mapping[str, int]
     threshold: float
     min_voxels: int
+    planes: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     scans: tuple[dict[str, str], ...] = ()
     cross_validation: dict[str, Any] = field(default_factory=dict)
@@ -166,9 +170,12 @@ class SiteAdapter:
 
     def adapt_card(self, card: ModelCard) -> ModelCard:
         """Return the base's card with the threshold and size that go with the adapter."""
-        inference = card.inference.changed(
-            threshold=self.card.threshold, min_voxels=self.card.min_voxels
-        )
+        threshold, planes = self.card.threshold, self.card.planes
+        inference = card.inference.changed(min_voxels=self.card.min_voxels)
+        if planes:
+            inference = inference.with_threshold(threshold, planes)
+        else:
+            inference = inference.changed(threshold=threshold)
         return replace(card, inference=inference)
 
 

@@ -178,7 +178,7 @@ class _Adaptation:
 
     def _first_pass(self, model: Model) -> tuple[DiceTable, list[dict[str, Path]], float]:
         """Score the base model, keep the other structures that it sees, and take the time."""
-        engine = WMHInferenceEngine(model)
+        engine, inference = WMHInferenceEngine(model), self.card.inference
         count = len(self.scans.cases)
         rows, structures = [], []
         grid = None
@@ -186,9 +186,15 @@ class _Adaptation:
         for number, case in enumerate(self.scans.cases):
             self.progress(number, count, f"base model on {case.name}")
             volume, maps = self._predict(engine, case)
-            # a site's scans are alike: all are seen in one plane, or all in three
-            threshold = self.card.inference.threshold_of(maps.looks.planes)
-            grid = grid or SettingGrid(self.card.inference.changed(threshold=threshold))
+            threshold = inference.threshold_of(maps.looks.planes)
+            grid = grid or SettingGrid(inference.changed(threshold=threshold))
+            if threshold != grid.settings[grid.present].threshold:
+                raise ConfigError(
+                    f"{case.image} is seen in another number of planes than the scans before, for "
+                    "which the model has another threshold; adapt to thick and to isotropic scans "
+                    "apart."
+                )
+            self.planes = maps.looks.planes
             rows.append(grid.dice(maps.probability, read_reference(case, volume)))
             structures.append(self.scans.write_structures(maps.structure_masks, volume, number))
             pass_s = (time.monotonic() - started) / (number + 1)
@@ -264,7 +270,7 @@ class _Adaptation:
             steps.append(fit.steps)
             self._trainings_left -= 1
             file = self.folder / f"fold-{number}.safetensors"
-            record = Record(self.card.inference, {})
+            record = Record(self.card.inference, self.planes, {})
             self.base.save(fit.net, self.card, file, record, overwrite=True)
             engine = WMHInferenceEngine(self.base.load(file))
             for done, scan in enumerate(held_out):
@@ -292,9 +298,10 @@ class _Adaptation:
         chosen = result.setting
         config = self.config
         record = Record(
-            setting=self.card.inference.changed(
-                threshold=chosen.threshold, min_voxels=chosen.min_voxels
+            setting=self.card.inference.with_threshold(chosen.threshold, self.planes).changed(
+                min_voxels=chosen.min_voxels
             ),
+            planes=self.planes,
             training={
                 "method": config.method,
                 "seed": config.seed,

@@ -41,11 +41,14 @@ class Record:
     ----------
     setting : InferenceConfig
         Threshold and lesion size that were chosen.
+    planes : int
+        See `wmh_lora.models.site_adapter.AdapterCard`.
     training, scans, cross_validation, versions
         See `wmh_lora.models.site_adapter.AdapterCard`.
     """
 
     setting: InferenceConfig
+    planes: int
     training: dict[str, Any]
     scans: tuple[dict[str, str], ...] = ()
     cross_validation: dict[str, Any] | None = None
@@ -137,8 +140,9 @@ class Base:
             base_name=card.name,
             base_sha256=self.sha256,
             lora_ranks=adapter_ranks(net, _targets(card.model)),
-            threshold=record.setting.threshold,
+            threshold=record.setting.threshold_of(record.planes),
             min_voxels=record.setting.min_voxels,
+            planes=record.planes,
             training=record.training,
             scans=record.scans,
             cross_validation=record.cross_validation or {},

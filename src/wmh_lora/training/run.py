@@ -40,6 +40,7 @@ from wmh_lora.training.validate import Validator, validation_files
 __all__ = ["program_versions", "read_run_folder", "train", "with_split_validation"]
 
 _log = logging.getLogger("wmh_lora")
+_DATA_FILE = "data.json"
 
 
 @locks_run_folder
@@ -248,6 +249,7 @@ def _prepare_folder(
     config: RunConfig, run_dir: Path, resume: bool, training_files: Sequence[Path]
 ) -> None:
     """Write what the run depends on; on resuming, compare with what it began with."""
+    record = _data_record(config, training_files)
     if checkpoint_paths(run_dir / "checkpoints"):
         if not resume:
             raise ConfigError(
@@ -255,21 +257,51 @@ def _prepare_folder(
                 "folder with -o."
             )
         _compare(read_run_folder(run_dir), config, run_dir)
+        _compare_split(run_dir / _DATA_FILE, record)
     run_dir.mkdir(parents=True, exist_ok=True)
     _write_json(run_dir / "config.json", to_dict(config))
     _write_json(
         run_dir / "environment.json",
         {**program_versions(), "torch_threads": torch.get_num_threads()},
     )
+    _write_json(run_dir / _DATA_FILE, record)
+
+
+def _data_record(config: RunConfig, training_files: Sequence[Path]) -> dict[str, Any]:
+    """Return checksums of every file by its part, and the split.
+
+    Raises
+    ------
+    ConfigError
+        If a validation scan is among the training scans.
+    """
     parts = {"training": training_files, "validation": validation_files(config)}
     record: dict[str, Any] = {
         name: {str(p): file_sha256(p) for p in paths} for name, paths in parts.items()
     }
+    seen = set(record["training"].values())
+    for case in config.validation:
+        path = config.resolve(case.image)
+        if record["validation"][str(path)] in seen:
+            raise ConfigError(
+                f"The validation scan {path} is among the training scans; leave it out of "
+                "data.real or of the split's training part, or validate on another."
+            )
     data = from_dict(DataConfig, config.data)
     if data.manifest:
         part = read_labelled(data, "train")
         record["split"] = {"manifest_sha256": part.manifest.sha256, **to_dict(part.split)}
-    _write_json(run_dir / "data.json", record)
+    return record
+
+
+def _compare_split(path: Path, record: Mapping[str, Any]) -> None:
+    """Refuse to go on with another split: people trained on before could be validated on."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if before.get("split", record.get("split")) != record.get("split"):
+        raise ConfigError(
+            f"Manifest or split are not those that {path} was written with. Put them back, or "
+            "begin a new run with -o."
+        )
 
 
 def program_versions() -> dict[str, str]:

@@ -236,7 +236,7 @@ class Trainer:
                     last_saved = time.monotonic()
             self._save()
         self._export("last.safetensors", {})
-        return self.steps_done >= config.steps
+        return self.steps_done >= config.steps and not self._validation_due()
 
     def _visible_t1(self, batch: Batch, part: int) -> tuple[Tensor | None, Tensor | None]:
         """T1 of a batch and where it is shown: hidden at random, as a function of the step."""

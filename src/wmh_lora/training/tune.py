@@ -377,16 +377,16 @@ def tuned_card(card: ModelCard, tuning: Tuning) -> ModelCard:
         "scope": tuning.scope,
         **chosen,
     }
-    inference = card.inference
-    if tuning.scope == "three planes":
-        chosen["threshold_three_planes"] = chosen.pop("threshold")
-    elif tuning.scope == "one plane":
-        chosen["threshold_three_planes"] = inference.threshold_three_planes
+    inference = card.inference.changed(**chosen)
+    if tuning.scope != "every scan":
+        threshold = chosen.pop("threshold")
+        planes = 1 if tuning.scope == "one plane" else 3
+        inference = card.inference.changed(**chosen).with_threshold(threshold, planes)
     metrics = {name: value for name, value in card.metrics.items() if not name.startswith("tuned_")}
     metrics.update({f"tuned_{name}": round(v, 4) for name, v in values.items() if np.isfinite(v)})
     return replace(
         card,
-        inference=inference.changed(**chosen),
+        inference=inference,
         training={**card.training, "tuning": record},
         metrics=metrics,
     )

@@ -63,6 +63,8 @@ def test_all_that_is_wrong_is_named_at_once(config_file: Path) -> None:
         ("comparison.seconds=0", "seconds"),
         ("training.workers=2", "workers"),
         ("training.epochs=3", "comparison.seconds is the budget"),
+        ("training.start_from=flair-compact-v1", "training.start_from has no effect"),
+        ("training.gradient_checkpointing=true", "gradient_checkpointing has no effect"),
         ("data.fold=fold-1", "comparison.folds"),
         ("data.real_lanes=2", "real_lanes"),
         ("comparison.against=unetr", "not among comparison.methods"),

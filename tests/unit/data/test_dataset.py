@@ -291,6 +291,25 @@ def test_scan_augmentation_keeps_the_grid_and_the_labels() -> None:
         assert varied.volume.data[16:24, 16:24, 2:4].mean() > 0
 
 
+def test_scan_augmentation_of_z_scores_keeps_what_lies_below_zero() -> None:
+    rng = np.random.default_rng(1)
+    inside = np.sum((np.indices((40, 44, 8)).T - (20, 22, 4)) ** 2 / (340, 420, 20), -1).T < 1
+    tissue = rng.choice([20.0, 100.0, 130.0, 180.0], inside.shape, p=[0.15, 0.5, 0.3, 0.05])
+    raw = np.where(inside, tissue + rng.normal(0.0, 3.0, inside.shape), 0.0)
+    scores = np.where(inside, (raw - raw[inside].mean()) / raw[inside].std(), 0.0)
+    for seed in range(5):
+        plain, scored = (
+            augment_scan(
+                np.random.default_rng(seed),
+                Case(Volume(values.astype(np.float32), np.diag([0.9, 0.9, 7.0, 1.0])), {}),
+            ).volume.data[inside]
+            for values in (raw, scores)
+        )
+        assert np.corrcoef(plain, scored)[0, 1] > 0.9
+        white = [np.median(c) / np.percentile(c, 99) for c in (plain, scored)]
+        assert white[1] > 0.6 * white[0]  # its z-score is below zero
+
+
 @pytest.mark.parametrize("extracted_share", [0.0, 1.0])
 def test_caps_are_left_open_in_scans_without_a_head_alone(
     tmp_path: Path, extracted_share: float

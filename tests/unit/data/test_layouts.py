@@ -241,6 +241,25 @@ def test_flat_keeps_persons_apart_and_visits_together() -> None:
     }
 
 
+def test_flat_runs_are_of_one_person() -> None:
+    listing = list_flat(
+        paths(
+            "sub-05_run-1_FLAIR", "sub-05_run-1_mask", "sub-05_run-2_FLAIR", "sub-05_run-2_mask",
+            "sub-06/sub-06_acq-3D_FLAIR", "sub-06/sub-06_acq-3D_mask",
+            "sub-07_ses-2_FLAIR", "sub-07_ses-2_mask",
+        ),
+        "root",
+    )  # fmt: skip
+    found = [(s.site, s.subject, s.session, s.run, len(s.masks)) for s in listing.scans]
+    assert sorted(found) == [
+        ("root", "sub-05", "", "run-1", 1),
+        ("root", "sub-05", "", "run-2", 1),
+        ("root", "sub-06", "", "acq-3D", 1),
+        ("root", "sub-07", "2", "", 1),
+    ]
+    assert not listing.unmatched_masks
+
+
 def test_flat_says_which_channel_is_the_flair() -> None:
     files = paths("imagesTr/p_0000", "imagesTr/p_0001", "labelsTr/p")
     scan = only(list_flat(files, "root", channels={"0000": "t1", "0001": "flair"}))

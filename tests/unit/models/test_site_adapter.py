@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.phantoms import head
 from tests.site_scans import TWO_LAYERS, write_adapter, write_base
 from wmh_lora import segment
-from wmh_lora.config import ModelConfig
+from wmh_lora.config import InferenceConfig, ModelConfig
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.errors import AdapterMismatchError, ConfigError, DataError, WeightsError
 from wmh_lora.models import site_adapter
@@ -118,6 +118,21 @@ def test_report_and_settings_are_those_of_the_adapter(base: Path, tmp_path: Path
     assert "adapter" not in plain
     given = segment(head()[0], model=base, adapter=path, threshold=0.6, device="cpu")
     assert given.settings["threshold"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("planes", "expected"), [(1, (0.35, 0.2)), (3, (0.5, 0.35)), (0, (0.35, 0.35))]
+)
+def test_the_threshold_of_scans_of_another_kind_stays(
+    base: Path, tmp_path: Path, planes: int, expected: tuple[float, float]
+) -> None:
+    site = load_adapter(write_adapter(base, tmp_path / "site.safetensors"))
+    site = dataclasses.replace(site, card=dataclasses.replace(site.card, planes=planes))
+    card = load_model(base).card
+    two = InferenceConfig(threshold=0.5, threshold_three_planes=0.2)
+    inference = site.adapt_card(dataclasses.replace(card, inference=two)).inference
+    assert (inference.threshold_of(1), inference.threshold_of(3)) == expected
+    assert inference.min_voxels == 2
 
 
 def test_exports_of_a_model_and_its_adapters_are_kept_apart(base: Path, tmp_path: Path) -> None:
