@@ -91,6 +91,9 @@ def page(watched: Watched) -> Page:
     return watched.page
 
 
+WINDOW = ("level", "width")
+
+
 def settle(page: Page) -> None:
     """Wait for two frames: one colours the volumes, the next shows them."""
     page.evaluate("() => new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
@@ -166,6 +169,30 @@ def test_opacity_and_window_change_the_picture(page: Page) -> None:
     assert orange(faint) < orange(first)
     page.locator("#level").fill(page.locator("#level").get_attribute("max") or "")
     assert canvas(page).mean() < faint.mean()
+
+
+def test_level_and_window_follow_a_box_drawn_on_the_picture(page: Page) -> None:
+    def told() -> tuple[float, ...]:
+        return tuple(float(page.locator(f"#{name}-value").inner_text()) for name in WINDOW)
+
+    def set_to() -> tuple[float, ...]:
+        return tuple(float(page.locator(f"#{name}").input_value()) for name in WINDOW)
+
+    before = told()
+    box = page.locator("#canvas").bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down(button="right")
+    page.mouse.move(x + 40, y + 40, steps=4)
+    page.mouse.up(button="right")
+    settle(page)
+    assert told() != before
+    step = float(page.locator("#level").get_attribute("step") or "nan")
+    np.testing.assert_allclose(set_to(), told(), atol=step)
+    drawn = canvas(page)
+    page.locator("#width").press("ArrowRight")
+    assert np.abs(canvas(page) - drawn).mean() < 5.0  # no jump back
 
 
 def test_a_row_moves_the_crosshair_to_its_lesion(page: Page) -> None:

@@ -28,6 +28,7 @@ HEADS = ("FLAIR", "Reference", "Prediction", "Errors")
 # Three steps of brightness, over a dimmed scan: they differ without colour as well.
 _FOUND, _MISSED, _FALSE = YELLOW, SKY, VERMILION
 _DIMMED = 2.0
+_BEHIND_TEXT = {"facecolor": BLACK, "alpha": 0.6, "linewidth": 0, "pad": 1.5}
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,13 @@ def predictions_grid(examples: Sequence[Example]) -> Figure:
             axes[0].set_title(example.title, loc="left", fontsize=8.0)
             for letter, x, side in zip(example.letters, (0.02, 0.98), ("left", "right")):
                 axes[0].annotate(
-                    letter, (x, 0.5), xycoords="axes fraction", ha=side, va="center", color="white"
+                    letter,
+                    (x, 0.5),
+                    xycoords="axes fraction",
+                    ha=side,
+                    va="center",
+                    color="white",
+                    bbox=_BEHIND_TEXT,
                 )
         for axis, head in zip(grid[0], HEADS, strict=True):
             axis.annotate(
@@ -146,7 +153,7 @@ def predictions_grid(examples: Sequence[Example]) -> Figure:
                 xycoords="axes fraction",
                 va="top",
                 color="white",
-                bbox={"facecolor": BLACK, "alpha": 0.6, "linewidth": 0, "pad": 1.5},
+                bbox=_BEHIND_TEXT,
             )
         _legend(figure)
         return figure
