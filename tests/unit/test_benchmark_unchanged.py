@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
+import json
+from pathlib import Path
 
+import numpy as np
+import pytest
+
+from benchmarks import unchanged
 from benchmarks.unchanged import follow_pair, pairs
-from tests.phantoms import brightness_model, head
+from tests.phantoms import brightness_model, head, write_head
 from wmh_lora.engine import WMHInferenceEngine
 from wmh_lora.volume import Volume
 
@@ -22,6 +27,17 @@ def test_thick_slices_lie_in_the_middle_of_those_that_they_hold() -> None:
             np.testing.assert_allclose(scan.affine @ [7, 9, 1, 1], expected)
     assert noise[0] is volume
     assert 0 < np.abs(noise[1].data - volume.data).mean() < 0.1 * volume.data.max()
+
+
+def test_the_command_takes_a_scan_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unchanged, "pairs", lambda scan: [("the same", (scan, scan))])
+    scan = write_head(tmp_path / "sub-01_FLAIR.nii.gz")
+    unchanged.main([str(scan), "--json", str(tmp_path / "out.json")])
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["model"]["name"] == "flair-compact-v1"
+    (row,) = document["rows"]
+    assert row["pair"] == "the same"
+    assert row["new or vanished, by the masks alone"] == row["with the rule"] == 0
 
 
 def test_lesions_of_an_unchanged_head_are_counted() -> None:
