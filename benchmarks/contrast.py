@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     scan = Volume.read(options.image)
     reference = (Volume.read(options.reference, allow_constant=True).data == 1).astype(np.float32)
-    scan = thick_scan(replace(scan, data=scan.data[..., options.skip :]), options.slices)
+    scan = thick_scan(without_first(scan, options.skip), options.slices)
     lesion = average_slices(reference[..., options.skip :], options.slices) >= 0.5
     engine = WMHInferenceEngine(load_model(options.model), "cpu")
     result = engine.segment(scan, min_contrast=options.min_contrast, zoom=options.zoom)
@@ -73,6 +72,13 @@ def main(arguments: list[str] | None = None) -> None:
         },
     }
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def without_first(scan: Volume, count: int) -> Volume:
+    """Cut a scan's first slices along its last axis."""
+    affine = scan.affine.copy()
+    affine[:3, 3] += count * affine[:3, 2]
+    return Volume(np.ascontiguousarray(scan.data[..., count:]), affine)
 
 
 def thick_scan(scan: Volume, count: int) -> Volume:

@@ -17,9 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks.contrast import thick_scan
+from benchmarks.contrast import thick_scan, without_first
 from benchmarks.harness import publish
 from benchmarks.robustness import add_noise
 from wmh_lora.engine import WMHInferenceEngine, load_model
@@ -55,15 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def pairs(scan: Volume) -> Iterator[tuple[str, tuple[Volume, Volume]]]:
     """Make pairs of scans that show the same head, on grids that their headers tell."""
     for count, start in ((3, 1), (5, 2)):
-        later = thick_scan(_without_first(scan, start), count)
+        later = thick_scan(without_first(scan, start), count)
         yield f"two cuts, slices {count} times as thick", (thick_scan(scan, count), later)
     yield "with noise", (scan, replace(scan, data=add_noise(scan)))
-
-
-def _without_first(scan: Volume, count: int) -> Volume:
-    affine = scan.affine.copy()
-    affine[:3, 3] += count * affine[:3, 2]
-    return Volume(np.ascontiguousarray(scan.data[..., count:]), affine)
 
 
 def follow_pair(

@@ -258,7 +258,7 @@ class InferenceConfig:
     def with_threshold(self, threshold: float, planes: int) -> InferenceConfig:
         """Return settings with this threshold for scans seen in so many planes; the other stays.
 
-        Without a threshold of its own for three planes there is no other.
+        With 0 planes, and where three planes have no threshold of their own, it holds for all.
 
         Examples
         --------
@@ -267,7 +267,7 @@ class InferenceConfig:
         >>> changed.threshold_of(1), changed.threshold_of(3)
         (0.4, 0.3)
         """
-        if self.threshold_three_planes is None:
+        if planes == 0 or self.threshold_three_planes is None:
             return self.changed(threshold=threshold)
         field = "threshold" if planes == 1 else "threshold_three_planes"
         return from_dict(InferenceConfig, {**dataclasses.asdict(self), field: threshold})

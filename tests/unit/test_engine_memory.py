@@ -87,12 +87,12 @@ def test_sizes_are_those_of_the_prepared_scan() -> None:
 
 
 def test_without_room_for_all_looks_one_is_seen_and_it_is_said() -> None:
-    isotropic = ScanSize(
+    isotropic = replace(
+        SCAN,
         voxels=512 * 512 * 400,
         slices=400,
         pixels=208 * 176,
         turned_pixels=200 * 208,
-        views=1,
         looks=Looks(3),
     )
     with collect_warnings() as warnings:

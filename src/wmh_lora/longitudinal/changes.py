@@ -205,14 +205,10 @@ def follow_lesions(
         _means(labels[where], alignment.in_view(i, volume)[where], total)
         for i, volume in enumerate(volumes)
     ]
-    evidence = []
-    for i, (volume, probability) in enumerate(zip(volumes, probabilities, strict=True)):
-        if probability is None:
-            evidence.append(np.zeros(total))
-            continue
-        enough = np.asarray(probability >= rules.min_evidence, dtype=np.int32)
-        enough = alignment.labels(i, volume, enough)
-        evidence.append(_means(labels[where], enough[where], total))
+    evidence = [
+        _means(labels[where], _evidence(i, volume, map_, alignment, rules)[where], total)
+        for i, (volume, map_) in enumerate(zip(volumes, probabilities, strict=True))
+    ]
     centroids = np.stack([_means(labels[where], axis, total) for axis in where], axis=1)
     centroids = centroids @ alignment.affine[:3, :3].T + alignment.affine[:3, 3]
     lesions = []
@@ -241,6 +237,20 @@ def _find(
         volume_ml=np.array([lesion.volume_ml for lesion in lesions]),
         sd_ml=boundary_sd_ml(native, len(lesions), volume, rules.boundary_sd_voxels),
     )
+
+
+def _evidence(
+    visit: int,
+    volume: Volume,
+    probability: npt.NDArray[np.float32] | None,
+    alignment: Alignment,
+    rules: Rules,
+) -> LabelArray:
+    """Mark half-way voxels with 1 where a visit's probability speaks for a lesion."""
+    if probability is None:
+        return np.zeros(alignment.shape, np.int32)
+    enough = np.asarray(probability >= rules.min_evidence, dtype=np.int32)
+    return alignment.labels(visit, volume, enough)
 
 
 def _owners(found: Sequence[_Found]) -> list[npt.NDArray[np.int64]]:

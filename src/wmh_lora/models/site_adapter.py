@@ -170,12 +170,8 @@ class SiteAdapter:
 
     def adapt_card(self, card: ModelCard) -> ModelCard:
         """Return the base's card with the threshold and size that go with the adapter."""
-        threshold, planes = self.card.threshold, self.card.planes
         inference = card.inference.changed(min_voxels=self.card.min_voxels)
-        if planes:
-            inference = inference.with_threshold(threshold, planes)
-        else:
-            inference = inference.changed(threshold=threshold)
+        inference = inference.with_threshold(self.card.threshold, self.card.planes)
         return replace(card, inference=inference)
 
 

@@ -14,11 +14,11 @@ from wmh_lora.longitudinal.changes import CHANGES
 from wmh_lora.longitudinal.study import FollowUp
 from wmh_lora.report.montage import (
     Frame,
+    annotate_tile,
     choose_slices,
     edge_letters,
     frame_head,
     position_label,
-    write_small,
 )
 from wmh_lora.view import choose_view
 from wmh_lora.volume import Volume
@@ -167,10 +167,7 @@ def _arrange(
         for i, (visit, volumes) in enumerate(zip(result.visits, result.volumes, strict=True)):
             x, y = column * block_px + i * width, 3 * _BAR_PX + row * height
             canvas.paste(pictures[i], (x, y))
-            write_small(draw, (x + 3, y + height // 2), letters[0], "lm")
-            write_small(draw, (x + width - 3, y + height // 2), letters[1], "rm")
-            if i == 0:
-                write_small(draw, (x + 4, y + height - 4), labels[number], "ls")
+            annotate_tile(draw, (x, y), size_px, letters, "" if i else labels[number])
             if row == 0:
                 text = f"{visit.name}: {volumes.volume_ml:.2f} mL"
                 if abs(volumes.volume_ml - volumes.common_ml) >= _TOLD_ML:

@@ -22,6 +22,7 @@ from wmh_lora.volume import Volume
 
 __all__ = [
     "Frame",
+    "annotate_tile",
     "choose_slices",
     "edge_letters",
     "frame_head",
@@ -29,7 +30,6 @@ __all__ = [
     "montage",
     "png_bytes",
     "position_label",
-    "write_small",
 ]
 
 MAX_SLICES = 20
@@ -306,14 +306,26 @@ def _arrange(
     for number, (tile, label) in enumerate(zip(tiles, labels, strict=True)):
         x, y = (number % columns) * width, BAR_PX + (number // columns) * height
         canvas.paste(Image.fromarray(tile), (x, y))
-        write_small(draw, (x + 3, y + height // 2), panel.letters[0], "lm")
-        write_small(draw, (x + width - 3, y + height // 2), panel.letters[1], "rm")
-        write_small(draw, (x + 4, y + height - 4), label, "ls")
+        annotate_tile(draw, (x, y), panel.size_px, panel.letters, label)
     return canvas
 
 
-def write_small(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, anchor: str) -> None:
-    """Write small text that can be read on bright and dark tissue alike."""
+def annotate_tile(
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    size_px: tuple[int, int],
+    letters: tuple[str, str],
+    label: str = "",
+) -> None:
+    """Write the directions of both edges on a tile, and below, where its slice lies."""
+    (x, y), (width, height) = corner, size_px
+    _write(draw, (x + 3, y + height // 2), letters[0], "lm")
+    _write(draw, (x + width - 3, y + height // 2), letters[1], "rm")
+    _write(draw, (x + 4, y + height - 4), label, "ls")
+
+
+def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, anchor: str) -> None:
+    """Small text that can be read on bright and dark tissue alike."""
     font = ImageFont.load_default(13)
     draw.text(
         place, text, fill=TEXT_RGB, font=font, anchor=anchor, stroke_width=1, stroke_fill=(0, 0, 0)

@@ -249,14 +249,16 @@ def _prepare_folder(
     config: RunConfig, run_dir: Path, resume: bool, training_files: Sequence[Path]
 ) -> None:
     """Write what the run depends on; on resuming, compare with what it began with."""
-    record = _data_record(config, training_files)
-    if checkpoint_paths(run_dir / "checkpoints"):
+    resumed = bool(checkpoint_paths(run_dir / "checkpoints"))
+    if resumed:
         if not resume:
             raise ConfigError(
                 f"{run_dir} already holds a run. Continue it with --resume, or choose another "
                 "folder with -o."
             )
         _compare(read_run_folder(run_dir), config, run_dir)
+    record = _data_record(config, training_files)  # reads every file: after what is quickly refused
+    if resumed:
         _compare_split(run_dir / _DATA_FILE, record)
     run_dir.mkdir(parents=True, exist_ok=True)
     _write_json(run_dir / "config.json", to_dict(config))

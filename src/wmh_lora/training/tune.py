@@ -57,6 +57,9 @@ MIN_VOXELS: tuple[int, ...] = (1, 2, 3, 5, 8, 12, 20)
 Scope = Literal["every scan", "one plane", "three planes"]
 """Of which scans a threshold is: all, or those that are seen in one plane or in three."""
 
+_PLANES: Mapping[Scope, int] = {"every scan": 0, "one plane": 1, "three planes": 3}
+"""As `InferenceConfig.with_threshold` counts them."""
+
 _REFINED = tuple(0.01 * step for step in (-4, -3, -2, -1, 1, 2, 3, 4))
 
 
@@ -367,7 +370,7 @@ def tuned_card(card: ModelCard, tuning: Tuning) -> ModelCard:
         mean, (low, high) = mean_interval(tuning.left_out_scores)
         left_out = {"": mean, "_low": low, "_high": high}
         values.update({f"{key}_left_out{end}": value for end, value in left_out.items()})
-    chosen = asdict(tuning.setting)
+    setting = tuning.setting
     record: dict[str, Any] = {
         "metric": key,
         "subjects": len(tuning.subjects),
@@ -375,18 +378,14 @@ def tuned_card(card: ModelCard, tuning: Tuning) -> ModelCard:
         "healthy_scans": tuning.healthy_scans,
         "settings_compared": len(tuning.settings),
         "scope": tuning.scope,
-        **chosen,
+        **asdict(setting),
     }
-    inference = card.inference.changed(**chosen)
-    if tuning.scope != "every scan":
-        threshold = chosen.pop("threshold")
-        planes = 1 if tuning.scope == "one plane" else 3
-        inference = card.inference.changed(**chosen).with_threshold(threshold, planes)
+    inference = card.inference.changed(min_voxels=setting.min_voxels, tta=setting.tta)
     metrics = {name: value for name, value in card.metrics.items() if not name.startswith("tuned_")}
     metrics.update({f"tuned_{name}": round(v, 4) for name, v in values.items() if np.isfinite(v)})
     return replace(
         card,
-        inference=inference,
+        inference=inference.with_threshold(setting.threshold, _PLANES[tuning.scope]),
         training={**card.training, "tuning": record},
         metrics=metrics,
     )
